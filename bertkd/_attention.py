@@ -1,0 +1,103 @@
+"""One attention function in front of another: it shows each call to whoever listens to the module.
+
+Hugging Face's encoders look their attention function up by the name in their config. Inside
+``intercept`` that name leads to a function which calls the listeners set on the attention module
+and hands on to the implementation that the config named before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from bertkd.errors import UnsupportedEncoderError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# An attention module's listeners: a tuple of callables (query, key, value, kwargs) -> None.
+LISTENERS = "_bertkd_attention_listeners"
+
+# Plain concatenation, because transformers looks for "flash" inside the name.
+_PREFIX = "bertkd-"
+
+# These do not look their own name up in the config; other implementations (flash) do.
+_NAME_BLIND = ("eager", "sdpa", "flex_attention")
+
+
+@contextmanager
+def intercept(config: PretrainedConfig) -> Iterator[None]:
+    """Let the models that hold ``config`` call the listeners of their attention modules.
+
+    Nesting is fine. The config is left as it was found, also after an exception.
+    """
+    before = config._attn_implementation
+    name = before or "eager"
+    if not name.startswith(_PREFIX):
+        config._attn_implementation = _register(name)
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _register(name: str) -> str:
+    """Register the interceptor of implementation ``name`` and return the interceptor's name."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ours = _PREFIX + name
+    implementation = ALL_ATTENTION_FUNCTIONS.get(name)
+    if implementation is None and name != "eager":
+        raise ValueError(
+            f"the model's attention implementation {name!r} is not registered with transformers. "
+            'Load the model with attn_implementation="sdpa".'
+        )
+    ALL_ATTENTION_FUNCTIONS.register(ours, _interceptor(name, implementation))
+    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    # Without one, transformers makes no mask: that is how some implementations want it.
+    if mask_function is not None:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ours, mask_function)
+    return ours
+
+
+# Cached, so that a compiled graph meets the function again that it was traced with.
+@functools.cache
+def _interceptor(name: str, implementation: Callable | None) -> Callable:
+    def intercepted_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        for listener in getattr(module, LISTENERS, ()):
+            listener(query, key, value, kwargs)
+        attend = implementation or _eager_attention(module)
+        if name in _NAME_BLIND:
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        config: Any = module.config
+        ours, config._attn_implementation = config._attn_implementation, name
+        try:
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        finally:
+            config._attn_implementation = ours
+
+    return intercepted_attention
+
+
+def _eager_attention(module: nn.Module) -> Callable:
+    """Find the eager attention of the file in which ``module`` is written: it is not registered."""
+    attend = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+    if attend is None:
+        raise UnsupportedEncoderError(
+            f"no eager attention found for {type(module).__name__}. "
+            'Load the model with attn_implementation="sdpa".'
+        )
+    return attend

@@ -1,0 +1,189 @@
+"""One forward being recorded: listeners on a model's modules fill a ``Recording``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bertkd._attention import LISTENERS, intercept
+from bertkd.encoders import attention_modules, base_model, block_list, last_norm
+
+# A module's listeners to the start of its forward, to its input and to its output.
+_STARTS = "_bertkd_start_listeners"
+_INPUTS = "_bertkd_input_listeners"
+_OUTPUTS = "_bertkd_output_listeners"
+
+
+@dataclass(repr=False, eq=False)
+class Recording:
+    """What was captured in one forward; dicts are keyed by block index, ``states`` by state index.
+
+    Attributes:
+        q: queries (B, H, L, D) as handed to attention: after rotary embedding, before scaling.
+        k: keys, likewise. May be views of larger tensors, as ``q`` and ``v`` may.
+        v: values, likewise.
+        scale: the softmax scale; the block's map is ``softmax(q @ k.mT * scale + mask)``.
+        window: how many tokens to either side the block attends to; None where to all.
+        states: hidden states (B, L, d). State 0 is the input of block 0, state i + 1 the output of
+            block i. The last one is taken after the final norm where there is one (ModernBERT), as
+            ``output_hidden_states`` does.
+        output: what the model returned; None if it was stopped early or run by ``record``'s caller.
+    """
+
+    q: dict[int, Tensor] = field(default_factory=dict)
+    k: dict[int, Tensor] = field(default_factory=dict)
+    v: dict[int, Tensor] = field(default_factory=dict)
+    scale: dict[int, float] = field(default_factory=dict)
+    window: dict[int, int | None] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
+    output: Any = None
+
+
+class Stop(BaseException):
+    """Ends a forward of which nothing more is wanted; no model catches it by accident."""
+
+
+class Session:
+    """One ``Recording``, what is wanted in it, and whether to stop once that is there."""
+
+    def __init__(self, blocks: frozenset[int], states: frozenset[int], stop: bool) -> None:
+        self.recording = Recording()
+        self.blocks, self.states = blocks, states
+        self.stop = stop
+        self.started = False
+        self._undo = ExitStack()
+
+    # Not for torch.compile to trace, when a caller around the capture is compiled.
+    @torch.compiler.disable
+    def attach(self, model: nn.Module) -> None:
+        """Set the listeners on ``model``.
+
+        All modules are listened to, wanted or not: a compiled graph is reused only where all that
+        it read while being traced is the same, and so it must have read what is wanted.
+        """
+        undo = self._undo
+        base, blocks, attentions = base_model(model), block_list(model), attention_modules(model)
+        configs: dict[int, Any] = {id(module.config): module.config for module in attentions}
+        for config in configs.values():
+            undo.enter_context(intercept(config))
+        _listen(undo, base, _STARTS, self.begin)
+        for module in dict.fromkeys(attentions):
+            tap = _AttentionTap(self, _places(module, attentions))
+            _listen(undo, module, LISTENERS, tap)
+
+        outputs = {block: _places(block, blocks, first=1) for block in blocks}
+        if (norm := last_norm(model)) is not None:
+            outputs |= {blocks[-1]: (), norm: (len(blocks),)}
+        _listen(undo, blocks[0], _INPUTS, _StateTap(self, (0,)))
+        for module, indices in outputs.items():
+            _listen(undo, module, _OUTPUTS, _StateTap(self, indices))
+
+    @torch.compiler.disable
+    def detach(self) -> None:
+        """Leave the model as it was before ``attach``."""
+        self._undo.close()
+
+    def begin(self) -> None:
+        if self.started:
+            raise RuntimeError(
+                "the model ran twice inside one record(); a Recording holds one forward. "
+                "Open a new record() for each."
+            )
+        self.started = True
+
+    def note_attention(self, block: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> None:
+        if block not in self.blocks:
+            return
+        scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
+        recording = self.recording
+        recording.q[block], recording.k[block], recording.v[block] = q, k, v
+        recording.scale[block] = q.shape[-1] ** -0.5 if scale is None else scale
+        # Implementations are handed one more than the mask allows.
+        recording.window[block] = None if window is None else window - 1
+        self._stop_if_complete()
+
+    def note_state(self, index: int, state: Tensor) -> None:
+        if index in self.states:
+            self.recording.states[index] = state
+            self._stop_if_complete()
+
+    def missing(self) -> list[str]:
+        """Name what is wanted and has not come by."""
+        recording = self.recording
+        blocks = [f"block {i}" for i in sorted(self.blocks - recording.q.keys())]
+        return blocks + [f"state {i}" for i in sorted(self.states - recording.states.keys())]
+
+    def _stop_if_complete(self) -> None:
+        # A compiled graph cannot be left midway.
+        if self.stop and not torch.compiler.is_compiling() and not self.missing():
+            raise Stop
+
+
+class _Tap:
+    """Knows which block a call of a module is: a shared module runs as several, in order."""
+
+    def __init__(self, session: Session, indices: tuple[int, ...]) -> None:
+        self.session, self.indices = session, indices
+        self.calls = 0
+
+    def next_index(self) -> int | None:
+        # A checkpointed block runs again in the backward: of an earlier forward before this one
+        # has started, of this one beyond the last call.
+        if not self.session.started or self.calls == len(self.indices):
+            return None
+        self.calls += 1
+        return self.indices[self.calls - 1]
+
+
+class _AttentionTap(_Tap):
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict) -> None:
+        if (index := self.next_index()) is not None:
+            self.session.note_attention(index, query, key, value, kwargs)
+
+
+class _StateTap(_Tap):
+    def __call__(self, state: Tensor) -> None:
+        if (index := self.next_index()) is not None:
+            self.session.note_state(index, state)
+
+
+def _places(module: nn.Module, modules: Iterable[nn.Module], first: int = 0) -> tuple[int, ...]:
+    return tuple(i for i, other in enumerate(modules, first) if other is module)
+
+
+def _listen(undo: ExitStack, module: nn.Module, kind: str, listener: Any) -> None:
+    """Add ``listener`` to those of ``kind`` that ``module`` has; ``undo`` takes it off."""
+    attributes = vars(module)
+    before = attributes.get(kind, ())
+    attributes[kind] = (*before, listener)
+    if before:
+        undo.callback(attributes.__setitem__, kind, before)
+        return
+    undo.callback(attributes.__delitem__, kind)
+    if kind == _STARTS:
+        undo.callback(module.register_forward_pre_hook(_on_start).remove)
+    elif kind == _INPUTS:
+        undo.callback(module.register_forward_pre_hook(_on_input, with_kwargs=True).remove)
+    elif kind == _OUTPUTS:
+        undo.callback(module.register_forward_hook(_on_output).remove)
+
+
+# Hooks are functions of the file, not closures, so that torch.compile can reuse its graphs.
+def _on_start(module: nn.Module, args: tuple) -> None:
+    for listener in getattr(module, _STARTS):
+        listener()
+
+
+def _on_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    for listener in getattr(module, _INPUTS):
+        listener(args[0] if args else kwargs["hidden_states"])
+
+
+def _on_output(module: nn.Module, args: tuple, output: Any) -> None:
+    for listener in getattr(module, _OUTPUTS):
+        listener(output[0] if isinstance(output, tuple) else output)

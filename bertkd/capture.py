@@ -1,0 +1,135 @@
+"""Pick up Q, K, V and hidden states of chosen blocks while a Hugging Face encoder runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from bertkd._session import Recording, Session, Stop
+from bertkd.encoders import base_model, block_list, describe
+
+__all__ = ["Capture", "Recording"]
+
+
+class Capture:
+    """Runs a model and records Q, K, V of some blocks and some hidden states.
+
+    The model keeps its attention implementation (sdpa, flash, flex, eager). It is altered only
+    while a call or a ``record`` lasts; afterwards, also after an exception, it is as it was, and
+    nothing but the caller's ``Recording`` holds a captured tensor. Captures may be nested, also
+    those of one model; the last to be entered is the first to be left. The captured q and k give
+    the attention map before dropout.
+
+    A compiled model stays compiled, with one graph for each set of blocks and states asked of it.
+
+    Args:
+        model: a Hugging Face encoder (``bertkd.encoders.SUPPORTED``), bare or with a head, also
+            compiled or in ``DistributedDataParallel``.
+        blocks: blocks whose q, k and v are wanted, from 0 to the number of blocks - 1.
+        states: states wanted, from 0 to the number of blocks.
+
+    Raises:
+        TypeError: the model is no Hugging Face model, or an index no integer.
+        UnsupportedEncoderError: the architecture's attention cannot be captured.
+        ValueError: an index is out of range, or the model is in ``nn.DataParallel``.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, blocks: Iterable[int] = (), states: Iterable[int] = ()
+    ) -> None:
+        if isinstance(getattr(model, "_orig_mod", model), nn.DataParallel):
+            raise ValueError(
+                "model is wrapped in nn.DataParallel, whose copies cannot be captured. "
+                "Use DistributedDataParallel (torchrun, accelerate launch) or one device."
+            )
+        num_blocks = describe(model).num_blocks
+        self.model = model
+        self.blocks = _indices("blocks", blocks, num_blocks - 1)
+        self.states = _indices("states", states, num_blocks)
+
+    def __call__(self, *args: Any, stop_early: bool = False, **kwargs: Any) -> Recording:
+        """Run ``model(*args, **kwargs)`` and return what was captured, with the model's output.
+
+        Args:
+            stop_early: abandon the forward once the last wanted thing is there, leaving ``output``
+                None. Without effect where that cannot be done: nothing is wanted, a compiled or
+                distributed model, gradient checkpointing.
+
+        Raises:
+            ValueError: the model trains with reentrant gradient checkpointing.
+            RuntimeError: something wanted did not come by.
+        """
+        with self._session(stop_early and self._can_stop()) as recording, suppress(Stop):
+            recording.output = self.model(*args, **kwargs)
+        return recording
+
+    def record(self) -> AbstractContextManager[Recording]:
+        """Record the one forward that the caller runs inside the ``with`` statement.
+
+        Raises (inside the statement, or on leaving it):
+            ValueError: the model trains with reentrant gradient checkpointing.
+            RuntimeError: the model ran twice, or something wanted did not come by.
+        """
+        return self._session(stop=False)
+
+    @contextmanager
+    def _session(self, stop: bool) -> Iterator[Recording]:
+        self._refuse_reentrant()
+        session = Session(self.blocks, self.states, stop)
+        try:
+            session.attach(self.model)
+            yield session.recording
+        finally:
+            session.detach()
+        if missing := session.missing():
+            raise RuntimeError(
+                f"not captured: {', '.join(missing)}. Either the model was not run, or its "
+                "attention does not go through transformers' AttentionInterface."
+            )
+
+    def _can_stop(self) -> bool:
+        # An abandoned forward would leave a distributed wrapper in the middle of its bookkeeping,
+        # and a checkpoint with its hooks on saved tensors.
+        modules = (self.model, base_model(self.model), *block_list(self.model))
+        return not any(map(_is_distributed, modules)) and not self._checkpointing_functions()
+
+    def _refuse_reentrant(self) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for function in self._checkpointing_functions():
+            # Checkpointing is reentrant unless it is told not to be.
+            if getattr(function, "keywords", {}).get("use_reentrant") is not False:
+                raise ValueError(
+                    "reentrant gradient checkpointing hides gradients from captured tensors. Use "
+                    'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+                )
+
+    def _checkpointing_functions(self) -> list[Any]:
+        return [
+            block._gradient_checkpointing_func
+            for block in block_list(self.model)
+            if block.training and getattr(block, "gradient_checkpointing", False)
+        ]
+
+
+def _is_distributed(module: nn.Module) -> bool:
+    # By name, so that FSDP need not be imported.
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return not names.isdisjoint({"FSDPModule", "DistributedDataParallel"})
+
+
+def _indices(argument: str, values: Iterable[int], last: int) -> frozenset[int]:
+    indices = frozenset(operator.index(value) for value in values)
+    wrong = sorted(i for i in indices if not 0 <= i <= last)
+    if wrong:
+        note = " (state 0 is the embedding output, state i + 1 the output of block i)"
+        raise ValueError(
+            f"{argument} must lie in 0..{last}, got {', '.join(map(str, wrong))}"
+            + (note if argument == "states" else "")
+        )
+    return indices

@@ -1,0 +1,208 @@
+"""``bertkd distill``: a smaller student from a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bertkd.cli.options import RunOptions, StageOptions, TaskOptions, overridden, task_of
+
+if TYPE_CHECKING:
+    from bertkd.distiller import Distiller
+    from bertkd.study.workload import Workload
+    from bertkd.training.recipe import Recipe, Stage
+
+
+@dataclass(kw_only=True)
+class Config(TaskOptions, StageOptions, RunOptions):
+    """Distil a teacher into a smaller student, on a task or on plain text.
+
+    Without a recipe: att_kl + hid_seq into 3 blocks, 3 epochs. First look at the plan:
+
+      bertkd distill --teacher runs/rte-teacher/model --recipe rte --output_dir runs/rte --dry_run
+      bertkd distill --teacher roberta-base --text corpus.txt --objective minilm --output_dir runs/lm
+
+    Attributes:
+        teacher: Model to learn from: a folder, or a name on the Hugging Face Hub. For a labelled task
+            it should have been fine-tuned on it.
+        text: Unlabelled text instead of a task: a file with a text per line, a folder of .txt
+            files, pydocs, or hub:<dataset>.
+        masked: With text: hide words, so that kd and ce have masked words to work on.
+        recipe: Shipped recipe (rte, sst2, ...) or YAML file with the stages.
+        objective: Sum of terms, e.g. "att_kl + 0.5*hid_seq", or a preset, e.g. minilm.
+        layer_map: Teacher block of each student block: uniform, last, random, or "0:3,1:7,2:11".
+        layers: Teacher blocks that the student is made of: uniform:3, first:3, last:3, or "[3,7,11]".
+        hidden_size: Width of the student. Default: the teacher's.
+        copy_head: Start with the teacher's task head. Default: the recipe's.
+        student: Start from this model instead of making one from the teacher.
+        impl: Which implementation computes the losses; see bertkd info.
+    """
+
+    teacher: str
+    text: str | None = None
+    masked: bool = False
+    recipe: str | None = None
+    objective: str | None = None
+    layer_map: str | dict[str, int] | None = None
+    layers: str | list[int] | None = None
+    hidden_size: int | None = None
+    copy_head: bool | None = None
+    student: str | None = None
+    impl: str = "auto"
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """Load and check everything, print the plan; the result trains.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: whatever cannot work, by the name of its option.
+    """
+    from accelerate import PartialState
+
+    from bertkd.study.files import check_output_dir
+    from bertkd.study.jobs import Job, run_job
+    from bertkd.study.models import load_model, load_tokenizer
+    from bertkd.study.stages import stage_steps
+
+    check_output_dir(config.output_dir, "distill", reuse=bool(config.resume))
+    recipe = _recipe(config)
+    tokenizer = load_tokenizer(config.teacher, "teacher")
+    workload = _workload(config, recipe, tokenizer)
+    teacher = load_model(config.teacher, "teacher", _head(config, workload))
+    _check_labels(teacher, workload)
+    student = _student(config, recipe, teacher, workload)
+
+    def build(stage: Stage) -> Distiller:
+        from bertkd.distiller import Distiller
+
+        return Distiller(
+            teacher,
+            student,
+            stage.objective,
+            layer_map=stage.layer_map,
+            impl=config.impl,
+            num_examples=len(workload.train),
+            seed=recipe.seed,
+        )
+
+    # Every stage is built once before any is trained, so that a mistake in the last one shows now.
+    stages = tuple(_judged(stage, build(stage), workload) for stage in recipe.stages)
+    say = PartialState().print
+    for number, stage in enumerate(stages, start=1):
+        updates = f"{stage_steps(stage, workload):,} updates of {stage.batch_size} examples"
+        say(f"\nstage {number} of {len(stages)}: {stage.name}, {updates} from {workload.name}")
+        say(build(stage).plan(stage.batch_size // stage.accumulate, recipe.max_length))
+    job = Job(
+        command="distill",
+        source=config.teacher,
+        student=student,
+        tokenizer=tokenizer,
+        stages=stages,
+        build=build,
+        workload=workload,
+        output_dir=Path(config.output_dir),
+        teacher=teacher,
+        facts={"student made of": config.student or f"the teacher's blocks {recipe.layers}"},
+        seed=recipe.seed,
+        resume=config.resume,
+        log_with=config.trackers(),
+    )
+    return (lambda: None) if config.dry_run else lambda: run_job(job)
+
+
+def _recipe(config: Config) -> Recipe:
+    from bertkd.training.recipe import Recipe, Stage
+
+    if config.recipe is None:
+        stage = Stage(objective=config.objective or "att_kl + hid_seq", epochs=3)
+        recipe = Recipe(stages=(stage,))
+    else:
+        recipe = Recipe.load(config.recipe)
+        if config.objective is not None:
+            if len(recipe.stages) > 1:
+                raise ValueError(
+                    f"objective={config.objective!r} fits one stage, but recipe={config.recipe!r} has "
+                    f"{len(recipe.stages)}; write a recipe of your own."
+                )
+            recipe = recipe.with_stages(objective=config.objective)
+    if config.layer_map is not None:
+        recipe = recipe.with_stages(layer_map=config.layer_map)
+    changes = {name: getattr(config, name) for name in ("layers", "hidden_size", "copy_head")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return overridden(dataclasses.replace(recipe, **changes), config, config)
+
+
+def _workload(config: Config, recipe: Recipe, tokenizer: Any) -> Workload:
+    from bertkd.study.workload import load_text
+
+    if config.text is None:
+        if config.masked:
+            raise ValueError("masked is for --text, a task has labels of its own.")
+        return config.workload(task_of(config, recipe), tokenizer, recipe.max_length)
+    if config.task is not None:
+        raise ValueError(f"give task={config.task!r} or text={config.text!r}, not both.")
+    return load_text(config.text, tokenizer, recipe.max_length, masked=config.masked)
+
+
+def _head(config: Config, workload: Workload) -> str | None:
+    from bertkd.study.models import saved_head
+
+    saved = saved_head(config.teacher, "teacher")
+    if workload.head is not None and saved != workload.head:
+        if workload.head == "mlm":
+            raise ValueError(
+                f"teacher={config.teacher!r} has no head for masked words; leave out --masked."
+            )
+        raise ValueError(
+            f"teacher={config.teacher!r} has not been fine-tuned on a labelled task; make a teacher of it "
+            "first: bertkd finetune --model ... --task ..."
+        )
+    return workload.head
+
+
+def _check_labels(teacher: Any, workload: Workload) -> None:
+    task = workload.task
+    if task is None:
+        return
+    if teacher.config.num_labels != task.num_labels:
+        raise ValueError(
+            f"the teacher predicts {teacher.config.num_labels} labels, task {workload.name} has "
+            f"{task.num_labels}; fine-tune a teacher on this task."
+        )
+    theirs = [teacher.config.id2label[number] for number in range(task.num_labels)]
+    placeholders = [f"LABEL_{number}" for number in range(task.num_labels)]
+    if task.label_names and theirs != placeholders and theirs != list(task.label_names):
+        raise ValueError(
+            f"the teacher's labels are {', '.join(theirs)}, the task's {', '.join(task.label_names)}: "
+            "another order or other classes; fine-tune a teacher on this task."
+        )
+
+
+def _student(config: Config, recipe: Recipe, teacher: Any, workload: Workload) -> Any:
+    from accelerate import PartialState
+
+    from bertkd.student import create_student
+    from bertkd.study.models import load_model
+
+    if config.student is not None:
+        return load_model(config.student, "student", workload.head)
+    return create_student(
+        teacher,
+        recipe.layers,
+        hidden_size=recipe.hidden_size,
+        copy_head=recipe.copy_head,
+        seed=recipe.seed,
+        verbose=PartialState().is_main_process,
+    )
+
+
+def _judged(stage: Stage, distiller: Distiller, workload: Workload) -> Stage:
+    """Judge by the workload's metric where the student's output means something to it."""
+    if stage.metric is not None or not workload.judges or stage.eval_every is None:
+        return stage
+    if workload.head is not None and not distiller.uses_student_logits:
+        return stage
+    return dataclasses.replace(stage, metric=workload.metric)

@@ -1,0 +1,80 @@
+"""``bertkd evaluate``: a model's scores on a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bertkd.cli.options import TaskOptions
+
+if TYPE_CHECKING:
+    from bertkd.study.workload import Workload
+
+
+@dataclass(kw_only=True)
+class Config(TaskOptions):
+    """Score a model on a task, beside its teacher if one is given.
+
+      bertkd evaluate --model runs/rte/model --task rte
+      bertkd evaluate --model student --teacher teacher --task pydocs-retrieval --split test
+
+    Attributes:
+        model: Folder of the model, or its name on the Hugging Face Hub.
+        teacher: Second model to compare with; for pydocs-retrieval also by Spearman's rho of all
+            similarities.
+        split: validation, test, or another validation set of the task.
+        max_length: Tokens per example at most.
+        output: JSON file to write the scores to.
+    """
+
+    model: str
+    teacher: str | None = None
+    split: str = "validation"
+    max_length: int = 128
+    output: str | None = None
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """Load data and models; the result runs them.
+
+    Raises:
+        ValueError, FileNotFoundError: whatever cannot work, by the name of its option.
+    """
+    from bertkd.study.models import load_model, load_tokenizer, saved_head
+
+    if config.task is None:
+        raise ValueError("no data: give --task (a task's name or a file).")
+    tokenizer = load_tokenizer(config.model, "model")
+    workload = config.workload(config.task, tokenizer, config.max_length)
+    workload.judge(config.split)
+    paths = {"teacher": config.teacher, "model": config.model}
+    models = {}
+    for name, path in paths.items():
+        if path is None:
+            continue
+        if workload.head == "labels" and saved_head(path, name) != "labels":
+            raise ValueError(
+                f"{name}={path!r} has no head for labels; fine-tune it on the task first."
+            )
+        models[name] = load_model(path, name, workload.head)
+    return lambda: _run(config, workload, models)
+
+
+def _run(config: Config, workload: Workload, models: dict[str, Any]) -> None:
+    from accelerate import PartialState
+
+    from bertkd.study.files import write_json
+    from bertkd.study.jobs import score_table
+
+    device = PartialState().device
+    judge = workload.judge(config.split)
+    scores = {}
+    for name, model in models.items():
+        model.to(device)
+        if name == "teacher":
+            workload.compare_with(model)
+        scores[name] = {config.split: judge(model)}
+    print(score_table(scores).text())
+    if config.output is not None:
+        write_json(config.output, {"task": workload.name, "scores": scores})

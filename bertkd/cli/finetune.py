@@ -1,0 +1,88 @@
+"""``bertkd finetune``: a task's teacher from a pretrained encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bertkd.cli.options import RunOptions, StageOptions, TaskOptions, overridden, task_of
+
+if TYPE_CHECKING:
+    from bertkd.training.recipe import Recipe
+
+
+@dataclass(kw_only=True)
+class Config(TaskOptions, StageOptions, RunOptions):
+    """Fine-tune an encoder on a labelled task, so that it can teach.
+
+      bertkd finetune --model roberta-base --recipe rte --output_dir runs/rte-teacher
+      bertkd finetune --model roberta-base --task reviews.csv --output_dir runs/reviews-teacher
+
+    Attributes:
+        model: Pretrained encoder: a folder, or a name on the Hugging Face Hub.
+        recipe: Shipped recipe (rte, sst2, ...) or YAML file; its "teacher" stage is run.
+    """
+
+    model: str
+    recipe: str | None = None
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """Load and check everything; the result trains.
+
+    Raises:
+        ValueError, FileNotFoundError: whatever cannot work, by the name of its option.
+    """
+    from accelerate import PartialState
+
+    from bertkd.study.costs import count_parameters
+    from bertkd.study.files import check_output_dir
+    from bertkd.study.jobs import Job, run_job
+    from bertkd.study.models import label_config, load_model, load_tokenizer
+    from bertkd.study.stages import stage_steps
+    from bertkd.training.supervised import Supervised
+
+    check_output_dir(config.output_dir, "finetune", reuse=bool(config.resume))
+    recipe = _recipe(config)
+    tokenizer = load_tokenizer(config.model, "model")
+    workload = config.workload(task_of(config, recipe), tokenizer, recipe.max_length)
+    if workload.task is None:
+        raise ValueError(f"task={workload.name!r} has no labels to fine-tune on.")
+    stage = recipe.stages[0]
+    if stage.metric is None:
+        stage = dataclasses.replace(stage, metric=workload.metric)
+    model = load_model(config.model, "model", "labels", **label_config(workload.task))
+    job = Job(
+        command="finetune",
+        source=config.model,
+        student=model,
+        tokenizer=tokenizer,
+        stages=(stage,),
+        build=lambda _: Supervised(model),
+        workload=workload,
+        output_dir=Path(config.output_dir),
+        seed=recipe.seed,
+        resume=config.resume,
+        log_with=config.trackers(),
+    )
+    PartialState().print(
+        f"task {workload.name}: {len(workload.train):,} training rows, {workload.task.num_labels} "
+        f"labels\nmodel {config.model}: {count_parameters(model):,} parameters\n"
+        f"{stage_steps(stage, workload):,} updates of {stage.batch_size} examples"
+    )
+    return (lambda: None) if config.dry_run else lambda: run_job(job)
+
+
+def _recipe(config: Config) -> Recipe:
+    from bertkd.training.recipe import Recipe, Stage
+
+    if config.recipe is None:
+        stage = Stage(name="teacher", objective="ce", epochs=3)
+        return overridden(Recipe(stages=(stage,)), config, config)
+    recipe = Recipe.load(config.recipe)
+    if recipe.teacher is None:
+        raise ValueError(f"recipe={config.recipe!r} does not say how its teacher is trained.")
+    return overridden(dataclasses.replace(recipe, stages=(recipe.teacher,)), config, config)

@@ -1,0 +1,125 @@
+"""Options that several commands share, and what they mean for data and recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from bertkd.study.workload import Workload
+    from bertkd.training.recipe import Recipe
+
+
+@dataclass(kw_only=True)
+class TaskOptions:
+    """Data
+
+    Attributes:
+        task: GLUE task (rte, sst2, ...), pydocs-topic, pydocs-match, pydocs-retrieval, or a CSV, TSV,
+            JSON Lines or Parquet file or a folder of them. Default: the recipe's.
+        text_column: Local files: column of the text. Default: guessed from common names.
+        pair_column: Local files: column of the second text of a pair. Default: single texts.
+        label_column: Local files: column of the label. Default: guessed from common names.
+        validation_path: Local files: validation data. Default: found beside, or held out.
+        test_path: Local files: test data.
+        glue_dir: Folder with GLUE's files. Default: the Hugging Face Hub.
+    """
+
+    task: str | None = None
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    validation_path: str | None = None
+    test_path: str | None = None
+    glue_dir: str | None = None
+
+    def workload(self, task: str, tokenizer: Any, max_length: int) -> Workload:
+        """Load the task; ``task`` is what these options or the recipe name."""
+        from bertkd.study.workload import load_workload
+
+        columns = {f.name: getattr(self, f.name) for f in fields(TaskOptions) if f.name != "task"}
+        return load_workload(task, tokenizer, max_length, **columns)
+
+
+@dataclass(kw_only=True)
+class StageOptions:
+    """Training (what is not given comes from the recipe)
+
+    Attributes:
+        steps: Optimiser updates; replaces epochs.
+        epochs: Passes over the data; replaces steps.
+        batch_size: Examples per update.
+        accumulate: Micro-batches per update; more of them need less memory.
+        lr: Peak learning rate.
+        warmup: Updates of linear warmup, or a share of all updates below 1.
+        weight_decay: Of weight matrices.
+        schedule: Of the learning rate after the warmup.
+        precision: Of the forward pass.
+        eval_every: Updates between evaluations, or "epoch".
+        save_every: Updates between checkpoints, or "epoch".
+        patience: Stop after so many evaluations without a better score.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    accumulate: int | None = None
+    lr: float | None = None
+    warmup: int | float | None = None
+    weight_decay: float | None = None
+    schedule: Literal["linear", "polynomial", "cosine", "constant"] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    eval_every: int | Literal["epoch"] | None = None
+    save_every: int | Literal["epoch"] | None = None
+    patience: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The fields of a ``Stage`` that were given."""
+        found = {f.name: getattr(self, f.name) for f in fields(StageOptions)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Run
+
+    Attributes:
+        output_dir: Folder for checkpoints, the finished model and results; new or empty.
+        max_length: Tokens per example at most. Default: the recipe's.
+        seed: Of the order of the data, dropout and new weights. Default: the recipe's.
+        log_with: Trackers of Accelerate's, e.g. tensorboard, wandb; "none" for no tracker.
+        resume: Go on with the run in output_dir; "last-good" also steps back over damaged checkpoints.
+        dry_run: Check everything, print the plan, train nothing.
+    """
+
+    output_dir: str
+    max_length: int | None = None
+    seed: int | None = None
+    log_with: str = "tensorboard"
+    resume: bool | Literal["last-good"] = False
+    dry_run: bool = False
+
+    def trackers(self) -> str | None:
+        """``log_with`` as ``train`` takes it."""
+        return None if self.log_with == "none" else self.log_with
+
+
+def overridden(recipe: Recipe, stage: StageOptions, run: RunOptions) -> Recipe:
+    """The recipe with every option that was given in place of its own value."""
+    changes = {name: getattr(run, name) for name in ("max_length", "seed")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(recipe.with_stages(**stage.given()), **changes)
+
+
+def task_of(options: TaskOptions, recipe: Recipe) -> str:
+    """The task that the options or else the recipe name.
+
+    Raises:
+        ValueError: neither does.
+    """
+    task = options.task or recipe.task
+    if task is None:
+        raise ValueError(
+            "no data: give --task (a task's name or a file), or a recipe that has one."
+        )
+    return task

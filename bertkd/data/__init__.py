@@ -1,0 +1,25 @@
+"""Data for distillation: labelled tasks, offline docstring tasks, pretraining text, batches."""
+
+from bertkd.data.blocks import TextBlocks, load_blocks
+from bertkd.data.collate import Collator, LengthBucketSampler
+from bertkd.data.corpus import Corpus, open_corpus
+from bertkd.data.docstring_cache import read_docstrings
+from bertkd.data.mlm import MaskingCollator
+from bertkd.data.pydocs import RetrievalData, load_retrieval
+from bertkd.data.tasks import TaskData, encode_task, load_task
+
+__all__ = [
+    "Collator",
+    "Corpus",
+    "LengthBucketSampler",
+    "MaskingCollator",
+    "RetrievalData",
+    "TaskData",
+    "TextBlocks",
+    "encode_task",
+    "load_blocks",
+    "load_retrieval",
+    "load_task",
+    "open_corpus",
+    "read_docstrings",
+]

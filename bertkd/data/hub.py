@@ -1,0 +1,53 @@
+"""Data sets of the Hugging Face hub, through the ``datasets`` library (imported only when
+asked)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from bertkd.data.tables import Table
+
+
+def import_datasets() -> ModuleType:
+    """The ``datasets`` module.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; says how to install it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "loading data from the hub needs the datasets library: pip install datasets"
+        ) from error
+    return datasets
+
+
+def load_hub_tables(path: str, config: str | None = None, *, hint: str = "") -> dict[str, Table]:
+    """Every split of a hub data set, by the split's name.
+
+    Args:
+        path: the data set's name, e.g. ``"nyu-mll/glue"``.
+        config: its configuration, e.g. ``"rte"``.
+        hint: what else the user can do, for the message when loading fails.
+
+    Raises:
+        ModuleNotFoundError: ``datasets`` is not installed.
+        RuntimeError: the data set cannot be loaded, for whatever reason the library has.
+    """
+    library = import_datasets()
+    name = f"{path}/{config}" if config else path
+    try:
+        loaded = library.load_dataset(path, config)
+    except Exception as error:  # the library's errors share no base class
+        raise RuntimeError(
+            f"cannot load {name} from the hub ({type(error).__name__}: {error})"
+            + (f"; {hint}" if hint else "")
+        ) from error
+    return {
+        split: Table(
+            {column: list(data[column]) for column in data.column_names},
+            ((f"{name} {split}", len(data)),),
+        )
+        for split, data in loaded.items()
+    }

@@ -1,0 +1,297 @@
+"""Teacher, student and objective wired together: one module whose forward is the distillation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bertkd.capture import Capture, Recording
+from bertkd.errors import NonFiniteError
+from bertkd.layer_maps import MapSpec
+from bertkd.objectives import Expression, Needs, Objective, StepContext, build_objective
+from bertkd.objectives.sides import check_models, model_inputs
+from bertkd.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class DistillOutput:
+    """One step's result.
+
+    Attributes:
+        loss: the weighted sum of the terms, a float32 scalar with gradient.
+        terms: each term's own unweighted value, detached 0-d tensors.
+        logits: the student's logits, detached; None where no term needs them.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+
+
+class Distiller(nn.Module):
+    """Distils a teacher into a student; ``forward(batch)`` returns the loss.
+
+    The student and the objective (its projections, banks and random maps) are submodules. The
+    teacher is not: it is in no ``parameters()``, ``state_dict()`` or ``train()``, is frozen and put
+    in eval mode for good, follows ``.to(device)``, and is not wrapped by DDP. Neither model is run
+    further than its last matched layer when no logits are needed, so some student parameters (head,
+    pooler, upper layers) get no gradient then: wrap in DDP with ``find_unused_parameters=True``
+    unless ``uses_student_logits``.
+
+    Example::
+
+        distiller = Distiller(teacher, create_student(teacher, "uniform:3"), "att_kl + hid_seq")
+        optimizer = torch.optim.AdamW(distiller.parameter_groups(lr=3e-4))
+        distiller(batch).loss.backward()
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        objective: str | Expression = "att_kl + hid_seq",
+        *,
+        layer_map: MapSpec = "uniform",
+        impl: str = "auto",
+        num_examples: int | None = None,
+        seed: int = 0,
+        teacher_tokenizer: Any = None,
+        student_tokenizer: Any = None,
+    ) -> None:
+        """Build the objective and refuse whatever could not work later.
+
+        Args:
+            teacher: a Hugging Face encoder; it is frozen in place.
+            student: a Hugging Face encoder, possibly compiled.
+            objective: text such as ``"att_kl + 0.5*hid_seq"``, or a preset's name.
+            layer_map: the map of terms that name none, see `layer_maps`.
+            impl: the implementation of terms that name none.
+            num_examples: rows of the training set; for terms that keep a bank of them.
+            seed: of projections, banks and random maps.
+            teacher_tokenizer, student_tokenizer: compared id by id where both are given.
+
+        Raises:
+            TypeError, ValueError: naming what does not fit and what to change.
+        """
+        super().__init__()
+        check_models(student, teacher, student_tokenizer, teacher_tokenizer)
+        self.student = student
+        self.objective: Objective = build_objective(
+            objective,
+            student,
+            teacher,
+            layer_map=layer_map,
+            impl=impl,
+            num_examples=num_examples,
+            seed=seed,
+        )
+        self.finite_checks: bool | None = None
+        # A tuple keeps nn.Module from registering the teacher.
+        self._teacher: tuple[Any] = (teacher.requires_grad_(False).eval(),)
+        self._teacher[0].to(next(student.parameters()).device)
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    @property
+    def uses_student_logits(self) -> bool:
+        """Whether some term needs the student's logits, so that its whole forward is run."""
+        return self.objective.needs().student_logits
+
+    def forward(self, batch: Mapping[str, Any]) -> DistillOutput:
+        """Run both models on a batch and compute the objective.
+
+        Args:
+            batch: ``input_ids`` (B, L), and where they matter ``attention_mask``,
+                ``token_type_ids``, ``labels``, ``index`` (the example's row in the training set).
+                Each model gets what its forward takes, never the labels.
+
+        Raises:
+            ValueError: a column is missing, the text is longer than a model's positions, or this is
+                a copy made by ``nn.DataParallel``.
+            NonFiniteError: the loss is NaN or infinite; names the first cause. Checked at each step
+                on CPUs only (``finite_checks`` True or False overrides), elsewhere by `check_finite`.
+        """
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "nn.DataParallel copies models in a way that captures cannot follow. Use "
+                "DistributedDataParallel (torchrun, accelerate launch) or one device."
+            )
+        self.objective.redraw()
+        needs = self.objective.needs()
+        self._check_batch(batch, needs)
+        teacher = self._record_teacher(batch, needs)
+        student = _record(
+            self.student, batch, needs.student_blocks, needs.student_states, needs.student_logits
+        )
+        step = StepContext(
+            student=student,
+            teacher=teacher,
+            mask=batch.get("attention_mask"),
+            student_logits=_logits(student, "student") if needs.student_logits else None,
+            teacher_logits=_logits(teacher, "teacher") if needs.teacher_logits else None,
+            batch=batch,
+        )
+        loss, terms = self.objective(step)
+        checks = loss.device.type == "cpu" if self.finite_checks is None else self.finite_checks
+        if checks and not torch.isfinite(loss):
+            raise NonFiniteError(_blame(step, terms))
+        logits = None if step.student_logits is None else step.student_logits.detach()
+        return DistillOutput(loss, terms, logits)
+
+    def check_finite(self, output: DistillOutput, batch: Mapping[str, Any]) -> None:
+        """Raise if an output's loss is NaN or infinite; made for logging time, as it syncs the device.
+
+        Args:
+            output: what `forward` returned.
+            batch: the batch it came from; the teacher is run on it again to find the cause.
+
+        Raises:
+            NonFiniteError: names the first teacher tensor that is not finite, or the terms.
+        """
+        if torch.isfinite(output.loss):
+            return
+        needs = self.objective.needs()
+        teacher = self._record_teacher(batch, needs)
+        step = StepContext(
+            student=Recording(),
+            teacher=teacher,
+            teacher_logits=_logits(teacher, "teacher") if needs.teacher_logits else None,
+        )
+        raise NonFiniteError(_blame(step, output.terms))
+
+    def parameter_groups(
+        self, lr: float, weight_decay: float = 0.01, projection_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Optimiser groups: weights, and biases and norms without weight decay.
+
+        Args:
+            lr: learning rate of the student.
+            weight_decay: of everything with two or more dimensions.
+            projection_lr: learning rate of the objective's own parameters; ``lr`` by default.
+
+        Returns:
+            Groups for ``torch.optim``, empty ones left out; every trainable parameter in exactly one.
+        """
+        groups = []
+        for module, rate in (
+            (self.student, lr),
+            (self.objective, lr if projection_lr is None else projection_lr),
+        ):
+            trained = [p for p in module.parameters() if p.requires_grad]
+            decayed = [p for p in trained if p.ndim > 1]
+            plain = [p for p in trained if p.ndim <= 1]
+            groups.append({"params": decayed, "lr": rate, "weight_decay": weight_decay})
+            groups.append({"params": plain, "lr": rate, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
+
+    def plan(self, batch_size: int = 32, length: int = 128) -> Plan:
+        """Layer maps, weights, parameter counts and bytes per term; ``print`` it for a table.
+
+        Raises:
+            ValueError: a size that is not positive, or a length without positions.
+        """
+        return make_plan(self.teacher, self.student, self.objective, batch_size, length)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        """Move the teacher along with ``.to(device)``, but leave its dtype alone."""
+        super()._apply(fn, recurse)
+        device = next(self.student.parameters()).device
+        if device.type != "meta":
+            self._teacher[0].to(device)
+        return self
+
+    def _record_teacher(self, batch: Mapping[str, Any], needs: Needs) -> Recording:
+        if not (needs.teacher_blocks or needs.teacher_states or needs.teacher_logits):
+            return Recording()
+        if any(module.training for module in self.teacher.modules()):
+            self.teacher.eval()
+        device = batch["input_ids"].device
+        if next(self.teacher.parameters()).device != device:
+            self._teacher[0].to(device)
+        with torch.no_grad():
+            return _record(
+                self.teacher,
+                batch,
+                needs.teacher_blocks,
+                needs.teacher_states,
+                needs.teacher_logits,
+            )
+
+    def _check_batch(self, batch: Mapping[str, Any], needs: Needs) -> None:
+        for column, needed in (
+            ("input_ids", True),
+            ("labels", needs.labels),
+            ("index", needs.index),
+        ):
+            if needed and batch.get(column) is None:
+                raise ValueError(
+                    f"the batch has no {column!r}, which {self.objective.expression} needs; it has "
+                    f"{', '.join(map(repr, batch))}"
+                )
+        length = batch["input_ids"].shape[1]
+        for side in (self.objective.setup.student, self.objective.setup.teacher):
+            most = side.spec.max_positions
+            if most is not None and length > most:
+                raise ValueError(
+                    f"input_ids have {length} tokens, but the {side.role} has {most} positions; "
+                    f"tokenize with truncation=True, max_length={most}"
+                )
+
+
+def _record(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    blocks: frozenset[int],
+    states: frozenset[int],
+    logits: bool,
+) -> Recording:
+    capture = Capture(model, blocks=sorted(blocks), states=sorted(states))
+    return capture(stop_early=not logits, **model_inputs(model, batch))
+
+
+def _logits(recording: Recording, role: str) -> Tensor:
+    logits = getattr(recording.output, "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"the {role}'s output has no .logits, got {type(recording.output).__name__}; use a model "
+            "with one classification or language-modelling head"
+        )
+    return logits
+
+
+def _blame(step: StepContext, terms: Mapping[str, Tensor]) -> str:
+    """Say which tensor is the first that is not finite, the teacher's before the student's."""
+    bad = [name for name, value in terms.items() if not torch.isfinite(value)]
+    which = f"loss is not finite (terms: {', '.join(bad) or 'their sum'})"
+    for role, recording, logits in (
+        ("teacher", step.teacher, step.teacher_logits),
+        ("student", step.student, step.student_logits),
+    ):
+        for place, tensor in _in_forward_order(recording, logits):
+            if not torch.isfinite(tensor).all():
+                return f"{which}: {role} {place} holds NaN or infinity"
+    return (
+        f"{which}: the teacher's tensors are finite; look at labels, student and overflow in a term"
+    )
+
+
+def _in_forward_order(recording: Recording, logits: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    last = max([*recording.states, *(block + 1 for block in recording.q)], default=-1)
+    for layer in range(last + 1):
+        if layer in recording.states:
+            yield f"state {layer}", recording.states[layer]
+        for what, kept in (("query", recording.q), ("key", recording.k), ("value", recording.v)):
+            if layer in kept:
+                yield f"block {layer} {what}", kept[layer]
+    if logits is not None:
+        yield "logits", logits

@@ -1,0 +1,35 @@
+"""Errors that say what was wrong and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnsupportedEncoderError(ValueError):
+    """The model's attention cannot be captured; the message lists what can."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is truncated, foreign or missing; the message names it and the reason."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A NaN or infinity appeared where training cannot go on; the message names the place."""
+
+
+def unknown_name(kind: str, got: str, options: Iterable[str]) -> ValueError:
+    """Build the error for a name that is not among ``options``, suggesting the nearest one.
+
+    Args:
+        kind: what the name stands for, e.g. ``"term"``.
+        got: the name as the user wrote it.
+        options: the names that would have been accepted.
+
+    Returns:
+        A ``ValueError`` for the caller to raise.
+    """
+    names = sorted(options)
+    close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"unknown {kind} {got!r}.{hint} Known: {', '.join(names)}.")

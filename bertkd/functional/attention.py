@@ -1,0 +1,227 @@
+"""Losses on what the attention compares: maps, relations, scores. No L x L tensor is built (but by impl="eager")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from bertkd import reference
+from bertkd.ops.autograd import row_loss, sum_loss
+from bertkd.ops.checks import check_attention, check_options, check_tensors, regroup_heads
+from bertkd.ops.dispatch import choose
+from bertkd.ops.rows import as_mask, row_weights
+
+
+def relation_kl(
+    a_s: Tensor,
+    b_s: Tensor,
+    a_t: Tensor,
+    b_t: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale_s: float | None = None,
+    scale_t: float | None = None,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    relation_heads: int | None = None,
+    row_weight: Tensor | None = None,
+    count_pads: bool = False,
+    min_prob: float | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """KL divergence between the relations of teacher and student, row by row.
+
+    Equivalent, without masks, to::
+
+        p_t = softmax(a_t @ b_t.mT * scale_t / temperature, -1)
+        log_p_s = log_softmax(a_s @ b_s.mT * scale_s / temperature, -1)
+        kl_div(log_p_s, p_t, reduction="none").sum(-1).mean()
+
+    Args:
+        a_s, b_s: student (B, H, L, D_s), e.g. queries and keys; strided views are welcome.
+        a_t, b_t: teacher (B, H, L, D_t).
+        mask: (B, L), 1 = real token.
+        scale_s, scale_t: factors on the scores; 1/sqrt(D) of the (re-split) heads by default.
+        temperature: divides both sides' scores.
+        t_squared: multiply the loss by ``temperature ** 2``.
+        relation_heads: concatenate the heads and re-split them into this many on either side; makes
+            H_s != H_t work.
+        row_weight, count_pads, reduction, impl: see the module.
+        min_prob: the released code's clamp of the student's probabilities (1e-7); eager only.
+
+    Returns:
+        A 0-d tensor; (B, H, L) for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Source: Wang et al., "How to Distill your BERT" (ACL 2023); relations and relation heads: MiniLM and
+    MiniLMv2 (Wang et al., 2020 and 2021).
+    """
+    op = "relation_kl"
+    check_options(op, reduction, temperature)
+    check_tensors(op, 4, a_s=a_s, b_s=b_s, a_t=a_t, b_t=b_t)
+    option = {} if min_prob is None else {"min_prob": min_prob}
+    loss = _attention_loss(
+        op,
+        reference.relation_kl_rows,
+        (a_s, b_s, a_t, b_t),
+        mask,
+        (scale_s, scale_t),
+        relation_heads,
+        temperature=temperature,
+        row_weight=row_weight,
+        count_pads=count_pads,
+        per_pair=False,
+        reduction=reduction,
+        impl=impl,
+        eager_option=option,
+    )
+    return loss * temperature**2 if t_squared else loss
+
+
+def attention_kl(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mask: Tensor | None = None, **options
+) -> Tensor:
+    """KL divergence between attention maps, KL(teacher || student), mean over rows and heads ("Att-KL").
+
+    ``relation_kl`` of queries and keys; see there for shapes and options. The maps are the ones before
+    dropout. Source: Wang et al., ACL 2023; MiniLM (Wang et al., 2020), equation 4.
+    """
+    return relation_kl(q_s, k_s, q_t, k_t, mask, **options)
+
+
+def value_relation_kl(v_s: Tensor, v_t: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+    """KL divergence between value relations softmax(V V^T / sqrt(D)) ("Val-KL").
+
+    ``relation_kl`` of the values with themselves, (B, H, L, D_s) and (B, H, L, D_t); see there for
+    options. Source: MiniLM (Wang et al., 2020), equation 6.
+    """
+    return relation_kl(v_s, v_s, v_t, v_t, mask, **options)
+
+
+def attention_mse(
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale_s: float | None = None,
+    scale_t: float | None = None,
+    relation_heads: int | None = None,
+    row_weight: Tensor | None = None,
+    count_pads: bool = False,
+    min_score: float | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """Mean squared difference of scaled attention scores over real (row, key) pairs ("Att-MSE").
+
+    Equivalent, without masks, to ``mse_loss(q_s @ k_s.mT * scale_s, q_t @ k_t.mT * scale_t)``.
+
+    Args:
+        q_s, k_s: student (B, H, L, D_s).
+        q_t, k_t: teacher (B, H, L, D_t).
+        mask: (B, L), 1 = real token.
+        scale_s, scale_t, relation_heads: as in ``relation_kl``.
+        row_weight, reduction, impl: see the module; ``"none"`` is every row's mean over its keys.
+        count_pads: pad rows count, and the mean is over B H L^2 pairs, pad keys counted as 0.
+        min_score: scores at or below it count as 0 (the released code's -1e2); eager only.
+
+    Returns:
+        A 0-d tensor; (B, H, L) for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Source: Wang et al., ACL 2023; TinyBERT (Jiao et al., 2020), equation 7.
+    """
+    op = "attention_mse"
+    check_options(op, reduction)
+    check_tensors(op, 4, q_s=q_s, k_s=k_s, q_t=q_t, k_t=k_t)
+    return _attention_loss(
+        op,
+        reference.attention_mse_rows,
+        (q_s, k_s, q_t, k_t),
+        mask,
+        (scale_s, scale_t),
+        relation_heads,
+        temperature=1.0,
+        row_weight=row_weight,
+        count_pads=count_pads,
+        per_pair=True,
+        reduction=reduction,
+        impl=impl,
+        eager_option={} if min_score is None else {"min_score": min_score},
+    )
+
+
+def _attention_loss(
+    op: str,
+    eager_rows: Callable[..., Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    scales: tuple[float | None, float | None],
+    relation_heads: int | None,
+    *,
+    temperature: float,
+    row_weight: Tensor | None,
+    count_pads: bool,
+    per_pair: bool,
+    reduction: str,
+    impl: str,
+    eager_option: dict[str, float],
+) -> Tensor:
+    """Checks, head re-split, choice of implementation and reduction of both attention ops."""
+    a_s, b_s, a_t, b_t = tensors
+    regroup = partial(regroup_heads, op, relation_heads=relation_heads)
+    a_s, b_s = regroup("the student", a_s), regroup("the student", b_s)
+    a_t, b_t = regroup("the teacher", a_t.detach()), regroup("the teacher", b_t.detach())
+    check_attention(op, student=(a_s, b_s), teacher=(a_t, b_t))
+    batch, heads, length, _ = a_s.shape
+    rows = (batch, length)
+    mask = as_mask(op, mask, a_s, rows)
+    scale_s, scale_t = (
+        (x.shape[-1] ** -0.5 if scale is None else scale) / temperature
+        for scale, x in zip(scales, (a_s, a_t), strict=True)
+    )
+    dtype = reference.compute_dtype(*tensors)
+    choice = choose(op, a_s.device, impl, next(iter(eager_option), None))
+    weight, count = row_weights(
+        op, rows, None if count_pads else mask, row_weight, dtype=dtype, device=a_s.device
+    )
+    weight = weight[:, None, :].expand(batch, heads, length)
+    keys = _key_count(mask, count_pads, rows, weight) if per_pair else None
+
+    if choice.impl == "eager":
+        loss = weight * eager_rows(
+            a_s, b_s, a_t, b_t, mask, scale_s=scale_s, scale_t=scale_t, **eager_option
+        )
+    else:
+        args = (a_s, b_s, a_t, b_t, mask, scale_s, scale_t)
+        if reduction == "none":
+            loss = weight * row_loss(op, choice.impl, args, wrt=(0, 1))
+        else:
+            loss = sum_loss(op, choice.impl, weight, args, wrt=(0, 1))
+    if reduction == "none":
+        return loss if keys is None else loss / keys.clamp_min(1.0)[:, None, None]
+    loss = loss.sum() if choice.impl == "eager" else loss
+    if reduction == "sum":
+        return loss
+    if keys is None:
+        return loss / (count * heads)
+    pairs = keys * (keys if mask is not None and not count_pads else float(length))
+    return loss / (pairs.sum().clamp_min(1.0) * heads)
+
+
+def _key_count(
+    mask: Tensor | None, count_pads: bool, rows: tuple[int, int], like: Tensor
+) -> Tensor:
+    """Keys that count for every sequence, (B,)."""
+    if mask is None or count_pads:
+        return like.new_full((rows[0],), float(rows[1]))
+    return mask.sum(1).to(like.dtype)

@@ -1,0 +1,110 @@
+"""The losses of ``bertkd.functional`` as modules: options given once, projections owned and trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from bertkd import functional
+
+
+class _Loss(nn.Module):
+    """A loss whose keyword options are fixed at construction; ``forward`` takes the tensors and may add options."""
+
+    loss: Any
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, *tensors: Tensor, **options: Any) -> Tensor:
+        return type(self).loss(*tensors, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+
+
+class RelationKL(_Loss):
+    """``functional.relation_kl`` with fixed options: ``forward(a_s, b_s, a_t, b_t, mask=None)``."""
+
+    loss = staticmethod(functional.relation_kl)
+
+
+class AttentionKL(_Loss):
+    """``functional.attention_kl`` with fixed options: ``forward(q_s, k_s, q_t, k_t, mask=None)``."""
+
+    loss = staticmethod(functional.attention_kl)
+
+
+class ValueRelationKL(_Loss):
+    """``functional.value_relation_kl`` with fixed options: ``forward(v_s, v_t, mask=None)``."""
+
+    loss = staticmethod(functional.value_relation_kl)
+
+
+class AttentionMSE(_Loss):
+    """``functional.attention_mse`` with fixed options: ``forward(q_s, k_s, q_t, k_t, mask=None)``."""
+
+    loss = staticmethod(functional.attention_mse)
+
+
+class HiddenCosine(_Loss):
+    """``functional.hidden_cosine`` with fixed options: ``forward(h_s, h_t, mask=None)``."""
+
+    loss = staticmethod(functional.hidden_cosine)
+
+
+class SoftmaxKL(_Loss):
+    """``functional.softmax_kl`` with fixed options: ``forward(z_s, z_t, mask=None)``."""
+
+    loss = staticmethod(functional.softmax_kl)
+
+
+class LinearKL(_Loss):
+    """``functional.linear_kl`` with fixed options: ``forward(h_s, w_s, h_t, w_t, mask=None)``."""
+
+    loss = staticmethod(functional.linear_kl)
+
+
+class HiddenMSE(_Loss):
+    """``functional.hidden_mse`` with a projection of the student's states where one is needed.
+
+    Args:
+        width_s: student width d_s.
+        width_t: teacher width d_t.
+        project: ``"auto"`` makes a trainable ``nn.Linear(d_s, d_t)`` if the widths differ, True always,
+            False never.
+        bias: whether the projection has one.
+        **options: as for ``functional.hidden_mse``.
+
+    Raises:
+        ValueError: for ``project=False`` with different widths.
+    """
+
+    loss = staticmethod(functional.hidden_mse)
+
+    def __init__(
+        self,
+        width_s: int,
+        width_t: int,
+        *,
+        project: bool | str = "auto",
+        bias: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if project not in (True, False, "auto"):
+            raise ValueError(f"project must be True, False or 'auto', got {project!r}.")
+        if project is False and width_s != width_t:
+            raise ValueError(
+                f"project=False needs equal widths, got {width_s} and {width_t}. Use project='auto'."
+            )
+        needed = width_s != width_t if project == "auto" else project
+        self.projection = nn.Linear(width_s, width_t, bias=bias) if needed else None
+
+    def forward(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """Loss of states (..., d_s) and (..., d_t) under a mask (...,): ``h_s, h_t, mask=None``."""
+        if self.projection is not None:
+            options = {"weight": self.projection.weight, "bias": self.projection.bias, **options}
+        return super().forward(*tensors, **options)

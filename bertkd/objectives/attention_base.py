@@ -1,0 +1,159 @@
+"""What terms on attention share: heads, relation heads, masks and the memory of maps."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from bertkd import functional
+from bertkd.objectives.base import MappedTerm, Setup, Shape, Side, StepContext
+from bertkd.objectives.options import flag, implementation, positive
+
+FLOAT = 4  # maps and row statistics are float32
+
+
+class AttentionTerm(MappedTerm):
+    """What terms over pairs of blocks share: heads, relation heads, masks and memory."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        relation_heads: int | None = None,
+        count_pads: bool = False,
+        impl: str | None = None,
+        **layers: Any,
+    ) -> None:
+        super().__init__(setup, **layers)
+        self.sides = (setup.student, setup.teacher)
+        self.relation_heads = check_heads(*self.sides, relation_heads, self.kind)
+        self.count_pads = flag("count_pads", count_pads)
+        self.impl = implementation(impl, setup.impl)
+        self._warned = False
+
+    def warn_of_window(self, step: StepContext, pair: tuple[int, int]) -> None:
+        """Warn once where a block attends to a window only: its map is compared without it."""
+        windows = step.student.window.get(pair[0]), step.teacher.window.get(pair[1])
+        length = step.student.q[pair[0]].shape[2]
+        if not self._warned and any(w is not None and length > w + 1 for w in windows):
+            self._warned = True
+            warnings.warn(
+                f"{self.name} compares student block {pair[0]} with teacher block {pair[1]} over all "
+                f"{length} tokens, though they attend to windows of {windows} tokens (None: all); map "
+                "global blocks to global ones where the difference matters",
+                stacklevel=2,
+            )
+
+    def need_eager(self, option: str, impl: str | None) -> None:
+        """Refuse an explicit ``impl`` that has no released clamp, and use eager otherwise."""
+        if impl not in (None, "auto", "eager"):
+            raise ValueError(f"{option} exists in impl='eager' only, got impl={impl!r}; drop one")
+        self.impl = "eager"
+
+    @property
+    def map_heads(self) -> int:
+        """Maps per example and block."""
+        return self.relation_heads or self.sides[0].spec.num_heads
+
+    def naive_maps(self, shape: Shape) -> int:
+        """Bytes of every block's maps of both networks: what ``output_attentions=True`` keeps."""
+        maps = sum(side.spec.num_heads * side.spec.num_blocks for side in self.sides)
+        return FLOAT * shape.batch * maps * shape.length**2
+
+    def one_map(self, shape: Shape) -> int:
+        """Bytes of one pair's map."""
+        return FLOAT * shape.batch * self.map_heads * shape.length**2
+
+    def fused_rows(self, shape: Shape, tensors: int = 2) -> int:
+        """Bytes of one pair: ``tensors`` of the teacher's q, k, v, and the student's two gradients.
+
+        The fused losses compute their gradient along with the value and keep it for the backward.
+        """
+        ours = shape.student_bytes * self.sides[0].width * 2
+        theirs = shape.teacher_bytes * self.sides[1].width * tensors
+        return shape.batch * shape.length * (ours + theirs)
+
+
+def check_heads(
+    student: Side, teacher: Side, relation_heads: int | str | None, term: str
+) -> int | None:
+    """Check heads that have to be compared one by one, or the relation heads made of them.
+
+    Raises:
+        ValueError: head counts differ without ``relation_heads``, or it divides not both widths.
+    """
+    if relation_heads is None:
+        if student.spec.num_heads != teacher.spec.num_heads:
+            raise ValueError(
+                f"{term} compares heads one by one, but the student has {student.spec.num_heads} "
+                f"and the teacher {teacher.spec.num_heads}; write {term}(relation_heads="
+                f"{default_relation_heads(student, teacher)}) to re-split both, or use qkv_kl"
+            )
+        return None
+    if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
+        raise ValueError(f"relation_heads must be a whole number, got {relation_heads!r}")
+    widths = (student.width, teacher.width)
+    if relation_heads < 1 or any(width % relation_heads for width in widths):
+        raise ValueError(
+            f"relation_heads={relation_heads} must divide the widths of both, {widths[0]} (student) "
+            f"and {widths[1]} (teacher); try {default_relation_heads(student, teacher)}"
+        )
+    return relation_heads
+
+
+def default_relation_heads(student: Side, teacher: Side) -> int:
+    """Most relation heads with 16 teacher and 8 student channels each: 48 for base, 64 for large."""
+    ours, theirs = student.width, teacher.width
+    most = max(1, min(theirs // 16, ours // 8))
+    return next(n for n in range(most, 0, -1) if ours % n == 0 and theirs % n == 0)
+
+
+class RelationTerm(AttentionTerm):
+    """A KL of relations softmax(x y^T * scale) over pairs of blocks; subclasses pick x and y."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        temperature: float = 1.0,
+        t_squared: bool = False,
+        min_prob: float | None = None,
+        **heads: Any,
+    ) -> None:
+        super().__init__(setup, **heads)
+        self.temperature = positive("temperature", temperature)
+        self.t_squared = flag("t_squared", t_squared)
+        self.min_prob = min_prob
+        if min_prob is not None:
+            positive("min_prob", min_prob)
+            self.need_eager("min_prob", heads.get("impl"))
+
+    def relation(
+        self,
+        step: StepContext,
+        pair: tuple[int, int],
+        names: str,
+        *,
+        masked: bool = True,
+        scales: tuple[float | None, float | None] = (None, None),
+    ) -> Tensor:
+        """KL of one relation, ``names`` being two of q, k, v."""
+        ours, theirs = step.student, step.teacher
+        x, y, (s, t) = names[0], names[1], pair
+        return functional.relation_kl(
+            getattr(ours, x)[s],
+            getattr(ours, y)[s],
+            getattr(theirs, x)[t],
+            getattr(theirs, y)[t],
+            step.mask if masked else None,
+            scale_s=scales[0],
+            scale_t=scales[1],
+            temperature=self.temperature,
+            t_squared=self.t_squared,
+            relation_heads=self.relation_heads,
+            count_pads=self.count_pads,
+            min_prob=self.min_prob,
+            impl=self.impl,
+        )

@@ -1,0 +1,49 @@
+"""Checks of single option values; the messages name the option."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bertkd.errors import unknown_name
+from bertkd.ops.dispatch import IMPLS, unavailable
+
+
+def positive(name: str, value: Any) -> float:
+    """Check an option that must be a finite number above 0.
+
+    Raises:
+        ValueError: it is not; the message names the option.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def implementation(impl: str | None, default: str) -> str:
+    """The implementation a term uses: its own option, or the objective's.
+
+    Raises:
+        ValueError: the name is unknown, or the implementation cannot run here.
+    """
+    chosen = default if impl is None else impl
+    if chosen == "auto":
+        return chosen
+    if chosen not in IMPLS:
+        raise unknown_name("impl", str(chosen), ("auto", *IMPLS))
+    reason = unavailable(chosen)
+    if reason is not None:
+        raise ValueError(f"impl={chosen!r} cannot be used: {reason}; use 'auto' or 'chunked'")
+    return chosen
+
+
+def flag(name: str, value: Any) -> bool:
+    """Check an option that must be True or False.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value

@@ -1,0 +1,151 @@
+"""What is asked of the two models before the first step: heads, labels, inputs, vocabularies."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bertkd.encoders import base_model, describe, unwrap
+from bertkd.objectives.base import Side
+
+_HEADS = {
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForMaskedLM": "mlm",
+}
+_PROBLEMS = {
+    "regression": "regression",
+    "multi_label_classification": "multi_label",
+}
+# Inputs that make a model compute its own loss, which nobody would use.
+_LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
+
+
+def describe_side(role: str, model: nn.Module) -> Side:
+    """Describe a model as a term needs to know it.
+
+    Args:
+        role: "student" or "teacher", for messages.
+        model: a Hugging Face encoder, bare or with a head, compiled or not.
+
+    Raises:
+        TypeError, UnsupportedEncoderError: it is no encoder that can be captured.
+        ValueError: its forward takes no ``attention_mask``.
+    """
+    spec = describe(model)
+    inner = unwrap(model)
+    if "attention_mask" not in inspect.signature(inner.forward).parameters:
+        raise ValueError(
+            f"the {role}'s forward takes no attention_mask, so it would attend to padding; use a model "
+            "whose forward(input_ids, attention_mask, ...) honours it"
+        )
+    config = inner.config
+    head = _head(inner)
+    labels = int(getattr(config, "num_labels", 0) or 0)
+    problem = _PROBLEMS.get(getattr(config, "problem_type", None) or "", "classification")
+    if head == "sequence" and labels == 1:
+        problem = "regression"
+    return Side(
+        role=role,
+        spec=spec,
+        head=head,
+        problem=problem,
+        num_labels=labels,
+        label_names=_label_names(config, labels) if head in ("sequence", "token") else (),
+        head_vocab_size=_decoder_rows(inner) if head == "mlm" else 0,
+    )
+
+
+def check_models(
+    student: nn.Module,
+    teacher: nn.Module,
+    student_tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+) -> None:
+    """Refuse two models that cannot be fed the same ids, or are one and the same.
+
+    Raises:
+        ValueError: shared parameters, nothing to train, or different vocabularies.
+    """
+    frozen = {id(p) for p in teacher.parameters()}
+    if any(id(p) in frozen for p in student.parameters()):
+        raise ValueError(
+            "student and teacher share parameters, so freezing one freezes the other; make the student "
+            "with create_student or copy.deepcopy"
+        )
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError(
+            "the student has no trainable parameter; call student.requires_grad_(True)"
+        )
+    if (student_tokenizer is None) != (teacher_tokenizer is None):
+        raise ValueError("give both teacher_tokenizer and student_tokenizer, or neither")
+    ours, theirs = describe(student).vocab_size, describe(teacher).vocab_size
+    if student_tokenizer is None:
+        if ours != theirs:
+            raise ValueError(
+                f"vocabularies differ: {ours} ids (student) and {theirs} (teacher). Both see the same "
+                "input_ids; use models of one tokenizer, or pass student_tokenizer and "
+                "teacher_tokenizer if only unused rows differ"
+            )
+        return
+    _check_tokenizers(student_tokenizer, teacher_tokenizer, ours, theirs)
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The part of a batch that ``model.forward`` takes, without anything that holds labels.
+
+    ``token_type_ids`` are left out for models with a single type (RoBERTa), which cannot embed others.
+    """
+    inner = unwrap(model)
+    names = inspect.signature(inner.forward).parameters
+    one_type = getattr(inner.config, "type_vocab_size", 2) in (0, 1)
+    return {
+        key: value
+        for key, value in batch.items()
+        if key in names
+        and key not in _LABELS
+        and isinstance(value, torch.Tensor)
+        and not (one_type and key == "token_type_ids")
+    }
+
+
+def _head(inner: Any) -> str:
+    if base_model(inner) is inner:
+        return "none"
+    name = type(inner).__name__
+    return next((kind for suffix, kind in _HEADS.items() if name.endswith(suffix)), "other")
+
+
+def _label_names(config: Any, count: int) -> tuple[str, ...]:
+    names = getattr(config, "id2label", None) or {}
+    ordered = tuple(str(names.get(i, "")).lower() for i in range(count))
+    # Hugging Face's placeholders say nothing about what the labels mean.
+    placeholder = all(name in ("", f"label_{i}") for i, name in enumerate(ordered))
+    return () if placeholder else ordered
+
+
+def _decoder_rows(inner: Any) -> int:
+    decoder = inner.get_output_embeddings()
+    weight = getattr(decoder, "weight", None)
+    return inner.config.vocab_size if weight is None else weight.shape[0]
+
+
+def _check_tokenizers(ours: Any, theirs: Any, our_rows: int, their_rows: int) -> None:
+    ids, others = ours.get_vocab(), theirs.get_vocab()
+    if ids != others:
+        token = next(t for t in {**ids, **others} if ids.get(t) != others.get(t))
+        raise ValueError(
+            f"tokenizers differ, e.g. {token!r} has id {ids.get(token)} (student) and "
+            f"{others.get(token)} (teacher); both models see the same input_ids, so use one tokenizer"
+        )
+    top = max(ids.values(), default=-1)
+    for role, rows in (("student", our_rows), ("teacher", their_rows)):
+        if top >= rows:
+            raise ValueError(
+                f"the tokenizer has ids up to {top}, but the {role} embeds only {rows}; resize it with "
+                "resize_token_embeddings"
+            )

@@ -1,0 +1,103 @@
+"""Terms on the attention of pairs of blocks: score maps (MSE) and attention maps (KL)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from bertkd import functional
+from bertkd.objectives.attention_base import AttentionTerm, RelationTerm
+from bertkd.objectives.base import Memory, Setup, Shape, StepContext, register_term
+
+
+@register_term
+class AttMSE(AttentionTerm):
+    """Mean squared difference of scaled scores before softmax, over pairs of blocks.
+
+    Source: TinyBERT (Jiao et al. 2020); the paper's Att-MSE. ``@released``: scores <= -100 set to
+    0, mean over all B*H*L*L entries, pads included.
+    """
+
+    kind: ClassVar[str] = "att_mse"
+    RELEASED: ClassVar[Mapping[str, Any]] = {
+        "map": "uniform",
+        "count_pads": True,
+        "min_score": -1e2,
+    }
+
+    def __init__(self, setup: Setup, *, min_score: float | None = None, **heads: Any) -> None:
+        """Check heads and map.
+
+        Raises:
+            ValueError: head counts differ, a map out of range, or options that exclude each other.
+        """
+        super().__init__(setup, **heads)
+        self.min_score = min_score
+        if min_score is not None:
+            self.need_eager("min_score", heads.get("impl"))
+
+    def forward(self, step: StepContext) -> Tensor:
+        """The loss over the pairs of this step."""
+        return self.over_pairs(self._pair(step, s, t) for s, t in self.pairs)
+
+    def _pair(self, step: StepContext, s: int, t: int) -> Tensor:
+        self.warn_of_window(step, (s, t))
+        ours, theirs = step.student, step.teacher
+        own_scale = self.relation_heads is None
+        return functional.attention_mse(
+            ours.q[s],
+            ours.k[s],
+            theirs.q[t],
+            theirs.k[t],
+            step.mask,
+            scale_s=ours.scale[s] if own_scale else None,
+            scale_t=theirs.scale[t] if own_scale else None,
+            relation_heads=self.relation_heads,
+            count_pads=self.count_pads,
+            min_score=self.min_score,
+            impl=self.impl,
+        )
+
+    def memory(self, shape: Shape) -> Memory:
+        """Naive: all maps and one difference per pair; fused: teacher q, k and gradients."""
+        pairs = len(self.pairs)
+        naive = self.naive_maps(shape) + pairs * self.one_map(shape)
+        return Memory(naive, pairs * self.fused_rows(shape))
+
+
+@register_term
+class AttKL(RelationTerm):
+    """KL(teacher || student) of the attention maps before dropout, mean over rows and heads.
+
+    Source: MiniLM (Wang et al. 2020), MobileBERT; the paper's Att-KL. ``@released``: student
+    probabilities clamped at 1e-7, pad rows counted.
+    """
+
+    kind: ClassVar[str] = "att_kl"
+    RELEASED: ClassVar[Mapping[str, Any]] = {
+        "map": "uniform",
+        "count_pads": True,
+        "min_prob": 1e-7,
+    }
+
+    def forward(self, step: StepContext) -> Tensor:
+        """The loss over the pairs of this step, each side with its model's own scale."""
+        return self.over_pairs(
+            self.relation(step, pair, "qk", scales=self._scales(step, pair)) for pair in self.pairs
+        )
+
+    def _scales(
+        self, step: StepContext, pair: tuple[int, int]
+    ) -> tuple[float | None, float | None]:
+        self.warn_of_window(step, pair)
+        if self.relation_heads is not None:
+            return None, None
+        return step.student.scale[pair[0]], step.teacher.scale[pair[1]]
+
+    def memory(self, shape: Shape) -> Memory:
+        """Naive: all maps and two log-softmaxes per pair; fused: teacher q, k and gradients."""
+        pairs = len(self.pairs)
+        naive = self.naive_maps(shape) + pairs * 2 * self.one_map(shape)
+        return Memory(naive, pairs * self.fused_rows(shape))

@@ -1,0 +1,1 @@
+"""The ops: schemas, autograd, dispatch, and one folder or file per implementation."""

@@ -1,0 +1,125 @@
+"""Autograd around the ops: plain Functions, outside the registered ops (half the cost of ``register_autograd``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bertkd.ops.schema import OPS
+
+Arg = Tensor | Sequence[Tensor] | float | None
+
+
+def _pack(flat: Sequence[Any], groups: Sequence[int]) -> list[Any]:
+    """Undo the flattening that ``autograd.Function`` needs: group n > 0 is a list of n, 0 a single value."""
+    packed, at = [], 0
+    for size in groups:
+        packed.append(list(flat[at : at + size]) if size else flat[at])
+        at += size or 1
+    return packed
+
+
+def _flatten(args: Sequence[Arg]) -> tuple[list[Any], tuple[int, ...]]:
+    flat: list[Any] = []
+    groups = []
+    for arg in args:
+        if isinstance(arg, (list, tuple)):
+            flat.extend(arg)
+            groups.append(len(arg))
+        else:
+            flat.append(arg)
+            groups.append(0)
+    return flat, tuple(groups)
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """``grad * factor`` rounded once: a loss scale of 65536 does not fit in float16."""
+    if grad.dtype in (torch.float16, torch.bfloat16):
+        return (grad.float() * factor).to(grad.dtype)
+    return grad * factor
+
+
+def _place(grads: Sequence[Any], wrt: Sequence[int], args: Sequence[Any]) -> list[Tensor | None]:
+    """Gradients of the op, in order, to the places of the differentiated arguments."""
+    flat, _ = _flatten(grads)
+    placed: list[Tensor | None] = [None] * len(args)
+    for index, grad in zip(wrt, flat, strict=True):
+        placed[index] = None if args[index] is None else grad
+    return placed
+
+
+class SumLoss(torch.autograd.Function):
+    """Weighted sum of an op's rows; the gradient comes from the same visit and waits for its factor."""
+
+    @staticmethod
+    def forward(ctx, op, impl, wrt, groups, row_weight, *args):
+        loss, *grads = OPS[f"{op}_fwd_bwd"](row_weight, *_pack(args, groups), impl)
+        placed = _place(grads, wrt, args)
+        ctx.save_for_backward(*placed)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grads = [None if g is None else _scaled(g, grad_loss) for g in ctx.saved_tensors]
+        return None, None, None, None, None, *grads
+
+
+class RowLoss(torch.autograd.Function):
+    """An op's rows; the backward is its one-visit form with the upstream gradient as weights."""
+
+    @staticmethod
+    def forward(ctx, op, impl, wrt, groups, *args):
+        ctx.op, ctx.impl, ctx.wrt, ctx.groups = op, impl, wrt, groups
+        is_tensor = [isinstance(arg, Tensor) for arg in args]
+        ctx.static = [None if t else arg for t, arg in zip(is_tensor, args, strict=True)]
+        ctx.save_for_backward(*[arg if t else None for t, arg in zip(is_tensor, args, strict=True)])
+        return OPS[f"{op}_rows"](*_pack(args, groups), impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows):
+        saved = ctx.saved_tensors
+        args = [a if t is None else t for t, a in zip(saved, ctx.static, strict=True)]
+        packed = _pack(args, ctx.groups)
+        _, *grads = OPS[f"{ctx.op}_fwd_bwd"](grad_rows.contiguous(), *packed, ctx.impl)
+        return None, None, None, None, *_place(grads, ctx.wrt, args)
+
+
+def _needs_grad(flat: Sequence[Any], wrt: Sequence[int]) -> bool:
+    return torch.is_grad_enabled() and any(
+        flat[i] is not None and flat[i].requires_grad for i in wrt
+    )
+
+
+def sum_loss(
+    op: str, impl: str, row_weight: Tensor, args: Sequence[Arg], wrt: Sequence[int]
+) -> Tensor:
+    """``sum(row_weight * rows)`` of an op, differentiable in the flattened arguments ``wrt``.
+
+    Args:
+        op: name without suffix, e.g. ``"relation_kl"``.
+        impl: implementation to run.
+        row_weight: weights of the rows, in the dtype of the sums.
+        args: the op's arguments after ``row_weight``, before ``impl``.
+        wrt: positions of the student's tensors in the flattened ``args``, in the order in which the op
+            returns their gradients.
+    """
+    flat, groups = _flatten(args)
+    if not _needs_grad(flat, wrt) and f"{op}_rows" in OPS and not any(groups):
+        with torch.no_grad():
+            return (OPS[f"{op}_rows"](*flat, impl) * row_weight).sum()
+    return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)
+
+
+def row_loss(op: str, impl: str, args: Sequence[Arg], wrt: Sequence[int]) -> Tensor:
+    """Every row of an op, differentiable in ``wrt``; without gradients just the forward."""
+    flat, groups = _flatten(args)
+    if not _needs_grad(flat, wrt):
+        with torch.no_grad():
+            return OPS[f"{op}_rows"](*_pack(flat, groups), impl)
+    return RowLoss.apply(op, impl, tuple(wrt), groups, *flat)

@@ -1,0 +1,108 @@
+"""Argument checks of the public losses: every message names the argument, what it got and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(op: str, rank: int | None, **tensors: Tensor | None) -> None:
+    """Refuse non-tensors, integer dtypes, DTensors, a wrong rank, and a mix of devices."""
+    device: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}.")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{op}: {name} is a DTensor. Call the loss inside the wrapped module's forward, where FSDP has "
+                f"gathered it, or pass {name}.full_tensor()."
+            )
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{op}: {name} must be floating point, got {tensor.dtype}. Cast it with .float()."
+            )
+        if rank is not None and tensor.dim() != rank:
+            raise ValueError(
+                f"{op}: {name} must have {rank} dimensions, got shape {tuple(tensor.shape)}."
+            )
+        if device is None:
+            device = (name, tensor.device)
+        elif device[1] != tensor.device:
+            raise ValueError(
+                f"{op}: {device[0]} is on {device[1]} but {name} on {tensor.device}. Move them to one device."
+            )
+
+
+def check_mask(
+    op: str, name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Refuse a mask or weight of another shape or device."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(mask).__name__}.")
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"{op}: {name} must have shape {shape}, got {tuple(mask.shape)}. For a mask pass the tokenizer's "
+            "2-D attention_mask (1 = real token), not an additive one."
+        )
+    if mask.device != device:
+        raise ValueError(
+            f"{op}: {name} is on {mask.device}, the tensors on {device}. Move it there."
+        )
+
+
+def check_options(op: str, reduction: str, temperature: float = 1.0) -> None:
+    """Refuse an unknown reduction or a temperature that is not positive."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be positive, got {temperature}.")
+
+
+def check_attention(op: str, **sides: tuple[Tensor, Tensor]) -> None:
+    """Refuse (a, b) pairs that disagree in shape, or student and teacher that cannot be compared.
+
+    Args:
+        op: name of the loss, for the message.
+        **sides: two entries, argument names joined by a comma -> the two tensors (B, H, L, D).
+    """
+    (names_s, (a_s, b_s)), (names_t, (a_t, b_t)) = sides.items()
+    for names, a, b in ((names_s, a_s, b_s), (names_t, a_t, b_t)):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"{op}: {names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}."
+            )
+    if a_s.shape[0] != a_t.shape[0] or a_s.shape[2] != a_t.shape[2]:
+        raise ValueError(
+            f"{op}: student (B, L) = ({a_s.shape[0]}, {a_s.shape[2]}) and teacher ({a_t.shape[0]}, {a_t.shape[2]}) "
+            "must agree: feed both networks the same batch from the same tokenizer."
+        )
+    if a_s.shape[1] != a_t.shape[1]:
+        raise ValueError(
+            f"{op}: the student has {a_s.shape[1]} heads and the teacher {a_t.shape[1]}. Pass relation_heads=R, with R "
+            "dividing both hidden widths, to compare R re-split relation heads (as MiniLMv2 does)."
+        )
+
+
+def regroup_heads(op: str, name: str, x: Tensor, relation_heads: int | None) -> Tensor:
+    """Concatenate the heads of (B, H, L, D) and re-split them into ``relation_heads``: (B, R, L, H D / R)."""
+    if relation_heads is None:
+        return x
+    batch, heads, length, width = x.shape
+    if relation_heads < 1 or (heads * width) % relation_heads:
+        raise ValueError(
+            f"{op}: relation_heads={relation_heads} does not divide the hidden width {heads * width} of {name}."
+        )
+    # A view where q comes out of a model as (B, L, H, D) transposed.
+    joined = x.transpose(1, 2).reshape(
+        batch, length, relation_heads, heads * width // relation_heads
+    )
+    return joined.transpose(1, 2)

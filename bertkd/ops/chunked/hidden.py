@@ -1,0 +1,119 @@
+"""Hidden-state losses: blocks of rows, residual and gradient in one pass, no second copy of the states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bertkd.ops.chunked.softmax_kl import row_blocks
+from bertkd.reference import compute_dtype
+
+
+def hidden_mse_fwd_bwd(
+    row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """``sum_k sum_i w_i |h_s[k]_i - h_t[k]_i|^2`` over states of (N, d), and its gradients."""
+    dtype = compute_dtype(*h_s, *h_t)
+    loss = torch.zeros((), dtype=dtype, device=row_weight.device)
+    grads = []
+    for student, teacher in zip(h_s, h_t, strict=True):
+        grad = torch.empty_like(student)
+        for block in row_blocks(student.shape[0], student.shape[1], student.device):
+            residual = student[block].to(dtype) - teacher[block].to(dtype)
+            weighted = residual * row_weight[block].to(dtype).unsqueeze(-1)
+            loss += torch.dot(residual.flatten(), weighted.flatten())
+            grad[block] = weighted.mul_(2)
+        grads.append(grad)
+    return loss, grads
+
+
+def hidden_proj_mse_fwd_bwd(
+    row_weight: Tensor, h_s: Tensor, weight: Tensor, bias: Tensor | None, h_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``sum_i w_i |h_s_i W^T + b - h_t_i|^2`` over (N, d_s), (d_t, d_s), (N, d_t), and its gradients."""
+    dtype = compute_dtype(h_s, weight, h_t)
+    w = weight.to(dtype)
+    loss = torch.zeros((), dtype=dtype, device=h_s.device)
+    grad_h = torch.empty_like(h_s)
+    grad_w = torch.zeros_like(weight, dtype=dtype)
+    grad_b = torch.zeros(w.shape[0] if bias is not None else 0, dtype=dtype, device=h_s.device)
+    for block in row_blocks(h_s.shape[0], max(w.shape), h_s.device):
+        hidden = h_s[block].to(dtype)
+        residual = (hidden @ w.T).sub_(h_t[block].to(dtype))
+        if bias is not None:
+            residual += bias.to(dtype)
+        weighted = residual * row_weight[block].to(dtype).unsqueeze(-1)
+        loss += torch.dot(residual.flatten(), weighted.flatten())
+        weighted.mul_(2)
+        grad_h[block] = (weighted @ w).to(h_s.dtype)
+        grad_w.addmm_(weighted.T, hidden)
+        if bias is not None:
+            grad_b += weighted.sum(0)
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return loss, grad_h, grad_w.to(weight.dtype), grad_b.to(bias_dtype)
+
+
+def hidden_combine_mse_fwd_bwd(
+    row_weight: Tensor,
+    h_s: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    h_t: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """``sum_i w_i |cat(h_s)_i - (cat(h_t)_i W^T + b)|^2`` without any concatenation, and its gradients.
+
+    The projection of the concatenated teacher states is a sum of GEMMs over slices of W.
+    """
+    dtype = compute_dtype(*h_s, *h_t, weight)
+    w = weight.to(dtype)
+    teacher_slices = torch.split(w, [t.shape[-1] for t in h_t], 1)
+    widths = [s.shape[-1] for s in h_s]
+    loss = torch.zeros((), dtype=dtype, device=weight.device)
+    grads = [torch.empty_like(s) for s in h_s]
+    grad_w = torch.zeros_like(w)
+    grad_b = torch.zeros(w.shape[0] if bias is not None else 0, dtype=dtype, device=w.device)
+    grad_slices = torch.split(grad_w, [t.shape[-1] for t in h_t], 1)
+    for block in row_blocks(h_s[0].shape[0], max(w.shape), w.device):
+        teachers = [t[block].to(dtype) for t in h_t]
+        target = torch.zeros(teachers[0].shape[0], w.shape[0], dtype=dtype, device=w.device)
+        if bias is not None:
+            target += bias.to(dtype)
+        for teacher, w_slice in zip(teachers, teacher_slices, strict=True):
+            target.addmm_(teacher, w_slice.T)
+        residuals = torch.split(target, widths, 1)
+        for student, residual in zip(h_s, residuals, strict=True):
+            residual.neg_().add_(student[block].to(dtype))
+        weighted = target * row_weight[block].to(dtype).unsqueeze(-1)
+        loss += torch.dot(target.flatten(), weighted.flatten())
+        weighted.mul_(2)
+        for grad, piece in zip(grads, torch.split(weighted, widths, 1), strict=True):
+            grad[block] = piece.to(grad.dtype)
+        for grad, teacher in zip(grad_slices, teachers, strict=True):
+            grad.addmm_(weighted.T, teacher, alpha=-1)
+        if bias is not None:
+            grad_b -= weighted.sum(0)
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return loss, grads, grad_w.to(weight.dtype), grad_b.to(bias_dtype)
+
+
+def hidden_cosine_fwd_bwd(
+    row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-12
+) -> tuple[Tensor, Tensor]:
+    """``sum_i w_i (1 - cos_i)`` over (N, d), and its gradient w (cos x / |x|^2 - y / (|x| |y|))."""
+    dtype = compute_dtype(h_s, h_t)
+    loss = torch.zeros((), dtype=dtype, device=h_s.device)
+    grad = torch.empty_like(h_s)
+    for block in row_blocks(h_s.shape[0], h_s.shape[1], h_s.device):
+        x, y = h_s[block].to(dtype), h_t[block].to(dtype)
+        square_x = x.square().sum(-1, keepdim=True)
+        square_y = y.square().sum(-1, keepdim=True).clamp_min(eps)
+        norm = (square_x.clamp_min(eps) * square_y).sqrt()
+        cosine = (x * y).sum(-1, keepdim=True) / norm
+        weight = row_weight[block].to(dtype).unsqueeze(-1)
+        loss += (weight * (1.0 - cosine)).sum()
+        # Below eps the norm is a constant and only the inner product has a gradient.
+        radial = torch.where(square_x > eps, cosine / square_x.clamp_min(eps), 0.0)
+        grad[block] = (weight * (radial * x - y / norm)).to(h_s.dtype)
+    return loss, grad

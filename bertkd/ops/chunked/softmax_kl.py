@@ -1,0 +1,52 @@
+"""softmax_kl: blocks of rows, probabilities formed in place in the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bertkd.ops.chunked.tiles import Workspace, budget, kl_sweep
+from bertkd.reference import compute_dtype
+
+
+def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows such that a block of ``width`` columns fits the tile budget."""
+    step = max(1, budget(device) // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _sweep(
+    z_s: Tensor, z_t: Tensor, block: slice, temperature: float, work: Workspace
+) -> tuple[Tensor, Tensor]:
+    shape = z_s[block].shape
+    s, t = work.get("s", *shape), work.get("t", *shape)
+    s.copy_(z_s[block]).div_(temperature)
+    t.copy_(z_t[block]).div_(temperature)
+    return kl_sweep(s, t, work.get("p", *shape))
+
+
+def softmax_kl_rows(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(z_t / T) || softmax(z_s / T)) of every row: (N, C) -> (N,)."""
+    work = Workspace(compute_dtype(z_s, z_t), z_s.device)
+    out = torch.empty(z_s.shape[0], dtype=work.dtype, device=z_s.device)
+    for block in row_blocks(z_s.shape[0], z_s.shape[1], z_s.device):
+        out[block] = _sweep(z_s, z_t, block, temperature, work)[0]
+    return out
+
+
+def softmax_kl_fwd_bwd(
+    row_weight: Tensor, z_s: Tensor, z_t: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """``sum(row_weight * KL)`` and its gradient ``row_weight (P_s - P_t) / T``."""
+    work = Workspace(compute_dtype(z_s, z_t), z_s.device)
+    loss = torch.zeros((), dtype=work.dtype, device=z_s.device)
+    grad = torch.empty_like(z_s)
+    for block in row_blocks(z_s.shape[0], z_s.shape[1], z_s.device):
+        rows, difference = _sweep(z_s, z_t, block, temperature, work)
+        weight = row_weight[block].to(work.dtype)
+        loss += torch.dot(rows, weight)
+        grad[block] = difference.mul_(weight.unsqueeze(-1) / temperature)
+    return loss, grad

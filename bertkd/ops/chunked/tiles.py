@@ -1,0 +1,142 @@
+"""How the work is cut: tiles of scores that stay in the cache, and the softmax sweep over one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Scores in flight. On CPUs two tiles of 2 MiB stay in the last-level cache; on GPUs large tiles hide launches.
+CPU_BUDGET = 1 << 19
+GPU_BUDGET = 1 << 24
+
+
+def budget(device: torch.device) -> int:
+    """Elements that one tile may have on ``device``."""
+    return CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+
+
+class Tile(NamedTuple):
+    """A block of scores: sequences x heads x query rows, against the first ``keys`` keys."""
+
+    batch: slice
+    heads: slice
+    rows: slice
+    keys: int
+
+
+def _used(flags: Tensor) -> list[int]:
+    """Per sequence, the number of positions up to and including the last one that is set: (B, L) -> B numbers."""
+    positions = torch.arange(1, flags.shape[1] + 1, device=flags.device)
+    return (flags.to(torch.int64) * positions).amax(1).tolist()
+
+
+def tiles(like: Tensor, mask: Tensor | None, row_weight: Tensor | None = None) -> Iterator[Tile]:
+    """Cut (B, H, L, L) scores into tiles; on a CPU pads at the end of a sequence are left out.
+
+    Args:
+        like: (B, H, L, D), for its shape and device.
+        mask: (B, L) keys, or None.
+        row_weight: (B, H, L); rows of weight 0 at the end of a sequence are left out. None keeps all rows.
+    """
+    batch, heads, length, _ = like.shape
+    keys = rows = [length] * batch
+    # Reading the lengths costs a synchronisation on a GPU, so there every tile has all keys.
+    if mask is not None and like.device.type == "cpu":
+        keys = _used(mask)
+        if row_weight is not None:
+            rows = _used((row_weight != 0).any(1))
+    limit = budget(like.device)
+    group = max(1, limit // max(1, heads * length * length))
+    for b in range(0, batch, group):
+        n_keys, n_rows = max(keys[b : b + group]), max(rows[b : b + group])
+        if n_keys == 0 or n_rows == 0:
+            continue
+        step_rows = max(1, min(n_rows, limit // n_keys))
+        step_heads = max(1, min(heads, limit // (step_rows * n_keys)))
+        for h in range(0, heads, step_heads):
+            for r in range(0, n_rows, step_rows):
+                yield Tile(
+                    slice(b, min(b + group, batch)),
+                    slice(h, min(h + step_heads, heads)),
+                    slice(r, min(r + step_rows, n_rows)),
+                    n_keys,
+                )
+
+
+class Workspace:
+    """Reusable buffers: a fresh allocation per tile would page-fault its way through memory."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        size = 1
+        for n in shape:
+            size *= n
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=self.dtype, device=self.device)
+            self._buffers[name] = buffer
+        return buffer[:size].view(shape)
+
+
+def rows_of(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
+    """The tile's query rows of (B, H, L, D) as (G, rows, D) in the dtype of the sums."""
+    return x[tile.batch, tile.heads, tile.rows].to(dtype).flatten(0, 1)
+
+
+def keys_of(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
+    """The tile's keys of (B, H, L, D) as (G, keys, D) in the dtype of the sums."""
+    return x[tile.batch, tile.heads, : tile.keys].to(dtype).flatten(0, 1)
+
+
+def score_tile(a: Tensor, b: Tensor, scale: float, work: Workspace, name: str) -> Tensor:
+    """``a @ b^T * scale`` of (G, rows, D) and (G, keys, D) into the buffer ``name``."""
+    out = work.get(name, a.shape[0], a.shape[1], b.shape[1])
+    return torch.baddbmm(out, a, b.transpose(1, 2), beta=0, alpha=scale, out=out)
+
+
+def key_mask(mask: Tensor | None, tile: Tile) -> Tensor | None:
+    """(G, 1, keys), true at pad keys; None if the tile has none (known on a CPU only)."""
+    if mask is None:
+        return None
+    pad = ~mask[tile.batch, : tile.keys].bool()
+    if pad.device.type == "cpu" and not bool(pad.any()):
+        return None
+    heads = tile.heads.stop - tile.heads.start
+    return pad[:, None, None, :].expand(-1, heads, -1, -1).flatten(0, 1)
+
+
+def kl_sweep(s: Tensor, t: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Row KL of two tiles of scores, and P_s - P_t, in five passes and without another buffer.
+
+    KL = sum_j P_t (T_j - S_j - lse_t + lse_s). The difference of the log-sum-exps comes from the row
+    maxima (lse = max S - log max P), and is taken off before the sum so that a common shift of one
+    side's scores costs no accuracy.
+
+    Args:
+        s: student scores (..., rows, n); overwritten.
+        t: teacher scores, same shape; overwritten.
+        p: scratch of the same shape.
+
+    Returns:
+        Row KL (..., rows) and P_s - P_t (..., rows, n).
+    """
+    max_s, max_t = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
+    p_t = torch.softmax(t, -1, out=p)
+    difference = t.sub_(s)
+    # The CPU kernel reads an element before it writes it; others do not promise that.
+    p_s = torch.softmax(s, -1, out=s) if s.device.type == "cpu" else torch.softmax(s, -1)
+    lse_t = max_t - p_t.amax(-1, keepdim=True).log()
+    lse_s = max_s - p_s.amax(-1, keepdim=True).log()
+    rows = difference.sub_(lse_t - lse_s).mul_(p_t).sum(-1)
+    return rows, p_s.sub_(p_t)
+
+
+def low(dtype: torch.dtype) -> float:
+    """A finite stand-in for minus infinity: adding or subtracting two of them makes no NaN."""
+    return torch.finfo(dtype).min / 4

@@ -1,0 +1,48 @@
+"""Masks, row weights and reductions: what all losses share between their arguments and their ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bertkd.ops.checks import check_mask
+
+
+def as_mask(op: str, mask: Tensor | None, like: Tensor, rows: tuple[int, ...]) -> Tensor | None:
+    """Check ``mask`` against the row shape and make it boolean."""
+    check_mask(op, "mask", mask, rows, like.device)
+    return None if mask is None else mask.bool()
+
+
+def row_weights(
+    op: str,
+    rows: tuple[int, ...],
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Weights of the rows and the number of rows that count.
+
+    Args:
+        op: name of the loss, for messages.
+        rows: shape of the rows, e.g. (B, L).
+        mask: boolean, shape ``rows``: rows that count; None counts all.
+        row_weight: shape ``rows``, or its leading dimensions, e.g. (B,).
+
+    Returns:
+        The weights, shape ``rows``, and the count as a 0-d tensor of at least 1 (so that nothing to
+        average is 0 and not NaN). Weights multiply rows; they do not change the count.
+    """
+    weight = torch.ones(rows, dtype=dtype, device=device) if mask is None else mask.to(dtype)
+    count = weight.sum().clamp_min(1.0)
+    if row_weight is not None:
+        if tuple(row_weight.shape) != rows[: row_weight.dim()] or row_weight.dim() == 0:
+            raise ValueError(
+                f"{op}: row_weight must have shape {rows} or {rows[:1]}, got {tuple(row_weight.shape)}."
+            )
+        check_mask(op, "row_weight", row_weight, tuple(row_weight.shape), device)
+        extra = len(rows) - row_weight.dim()
+        weight = weight * row_weight.detach().to(dtype).reshape(*row_weight.shape, *[1] * extra)
+    return weight, count

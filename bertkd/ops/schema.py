@@ -1,0 +1,141 @@
+"""Every op's schema and fake implementation, in one place.
+
+An op comes in two forms. ``<op>_rows`` gives the loss of every row. ``<op>_fwd_bwd`` gives the weighted sum of the
+rows and its gradient with respect to the student's tensors in one visit: a loss is a scalar and its gradient is
+linear in the upstream gradient, so nothing has to be computed twice. The backward of the row form is the second form
+with the upstream gradient as weights. The hidden-state losses have no row form: a row needs no tiles there.
+
+All ops are functional (nothing is mutated, no output aliases an input) and opaque to ``torch.compile``. ``impl`` says
+which code runs; ``dispatch`` has chosen it before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertkd.reference import compute_dtype
+
+_ATTENTION = "Tensor {0}_s, Tensor {1}_s, Tensor {0}_t, Tensor {1}_t, Tensor? mask, float scale_s, float scale_t"
+_AB = _ATTENTION.format("a", "b")
+_QK = _ATTENTION.format("q", "k")
+_LINEAR = "Tensor h_s, Tensor w_s, Tensor? bias_s, Tensor h_t, Tensor w_t, Tensor? bias_t, float temperature"
+_COMBINE = "Tensor[] h_s, Tensor weight, Tensor? bias, Tensor[] h_t"
+
+# row_weight: (B, H, L) for the attention ops, (N,) for the others, in the dtype of the sums.
+SCHEMAS = {
+    "relation_kl_rows": f"({_AB}, str impl) -> Tensor",
+    "relation_kl_fwd_bwd": f"(Tensor row_weight, {_AB}, str impl) -> (Tensor, Tensor, Tensor)",
+    "attention_mse_rows": f"({_QK}, str impl) -> Tensor",
+    "attention_mse_fwd_bwd": f"(Tensor row_weight, {_QK}, str impl) -> (Tensor, Tensor, Tensor)",
+    "hidden_mse_fwd_bwd": "(Tensor row_weight, Tensor[] h_s, Tensor[] h_t, str impl) -> (Tensor, Tensor[])",
+    "hidden_proj_mse_fwd_bwd": (
+        "(Tensor row_weight, Tensor h_s, Tensor weight, Tensor? bias, Tensor h_t, str impl)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "hidden_combine_mse_fwd_bwd": (
+        f"(Tensor row_weight, {_COMBINE}, str impl) -> (Tensor, Tensor[], Tensor, Tensor)"
+    ),
+    "hidden_cosine_fwd_bwd": "(Tensor row_weight, Tensor h_s, Tensor h_t, str impl) -> (Tensor, Tensor)",
+    "softmax_kl_rows": "(Tensor z_s, Tensor z_t, float temperature, str impl) -> Tensor",
+    "softmax_kl_fwd_bwd": (
+        "(Tensor row_weight, Tensor z_s, Tensor z_t, float temperature, str impl) -> (Tensor, Tensor)"
+    ),
+    "linear_kl_rows": f"({_LINEAR}, str impl) -> Tensor",
+    "linear_kl_fwd_bwd": (
+        f"(Tensor row_weight, {_LINEAR}, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def _loss(like: Tensor, *tensors: Tensor | None) -> Tensor:
+    return like.new_empty((), dtype=compute_dtype(like, *tensors))
+
+
+def _rows(like: Tensor, *tensors: Tensor | None) -> Tensor:
+    return like.new_empty(like.shape[:-1], dtype=compute_dtype(like, *tensors))
+
+
+def _grad(x: Tensor | None, fallback: Tensor) -> Tensor:
+    """Gradient of ``x``, laid out like it; an empty tensor stands for the gradient of an absent bias."""
+    return fallback.new_empty(0) if x is None else torch.empty_like(x)
+
+
+def _fake_relation_rows(a_s, b_s, a_t, b_t, mask, scale_s, scale_t, impl):
+    return _rows(a_s, b_s, a_t, b_t)
+
+
+def _fake_relation_fwd_bwd(row_weight, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, impl):
+    return _loss(a_s, b_s, a_t, b_t), _grad(a_s, a_s), _grad(b_s, a_s)
+
+
+def _fake_hidden_mse(row_weight, h_s, h_t, impl):
+    return _loss(*h_s, *h_t), [_grad(x, x) for x in h_s]
+
+
+def _fake_hidden_proj_mse(row_weight, h_s, weight, bias, h_t, impl):
+    return _loss(h_s, weight, h_t), _grad(h_s, h_s), _grad(weight, h_s), _grad(bias, weight)
+
+
+def _fake_hidden_combine_mse(row_weight, h_s, weight, bias, h_t, impl):
+    grads = [_grad(x, x) for x in h_s]
+    return _loss(*h_s, weight, *h_t), grads, _grad(weight, weight), _grad(bias, weight)
+
+
+def _fake_softmax_rows(z_s, z_t, temperature, impl):
+    return _rows(z_s, z_t)
+
+
+def _fake_softmax_fwd_bwd(row_weight, z_s, z_t, temperature, impl):
+    return _loss(z_s, z_t), _grad(z_s, z_s)
+
+
+def _fake_linear_rows(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, impl):
+    return _rows(h_s, w_s, h_t, w_t)
+
+
+def _fake_linear_fwd_bwd(row_weight, h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, impl):
+    return _loss(h_s, w_s, h_t, w_t), _grad(h_s, h_s), _grad(w_s, h_s), _grad(bias_s, w_s)
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "relation_kl_rows": _fake_relation_rows,
+    "relation_kl_fwd_bwd": _fake_relation_fwd_bwd,
+    "attention_mse_rows": _fake_relation_rows,
+    "attention_mse_fwd_bwd": _fake_relation_fwd_bwd,
+    "hidden_mse_fwd_bwd": _fake_hidden_mse,
+    "hidden_proj_mse_fwd_bwd": _fake_hidden_proj_mse,
+    "hidden_combine_mse_fwd_bwd": _fake_hidden_combine_mse,
+    "hidden_cosine_fwd_bwd": lambda w, h_s, h_t, impl: (_loss(h_s, h_t), _grad(h_s, h_s)),
+    "softmax_kl_rows": _fake_softmax_rows,
+    "softmax_kl_fwd_bwd": _fake_softmax_fwd_bwd,
+    "linear_kl_rows": _fake_linear_rows,
+    "linear_kl_fwd_bwd": _fake_linear_fwd_bwd,
+}
+
+
+def _kernel(name: str):
+    """The registered function of an op: hands on to the module of the implementation in ``impl``."""
+
+    def run(*args):
+        *inputs, impl = args
+        function = getattr(importlib.import_module(f"bertkd.ops.{impl}"), name)
+        first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+        # Autocast would run the products in half precision.
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*inputs)
+
+    return run
+
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"bertkd::{_name}", _schema)
+    torch.library.impl(f"bertkd::{_name}", "CompositeExplicitAutograd", _kernel(_name))
+    torch.library.register_fake(f"bertkd::{_name}", FAKES[_name])
+
+# Bound once: looking an overload up costs as much as calling it.
+OPS = {name: getattr(torch.ops.bertkd, name).default for name in SCHEMAS}

@@ -1,0 +1,1 @@
+"""Studies: evaluation, tables, plots, model cards, and the runs that tie them together."""

@@ -1,0 +1,89 @@
+"""Output directories that are never overwritten by mistake, and files never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MARKER = "bertkd_run.json"
+
+
+def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> Path:
+    """Refuse a directory that must not be written to; touches nothing.
+
+    Args:
+        path: where the run wants to write.
+        command: the command that asks, e.g. ``"distill"``.
+        reuse: whether the directory of an earlier run of the same command may be written to.
+
+    Raises:
+        ValueError: it is a file, holds something that bertkd did not make, was made by another
+            command, or holds an earlier run while ``reuse`` is false.
+    """
+    path = Path(path)
+    if not path.exists():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"output_dir {str(path)!r} is a file; name a directory.")
+    if not any(path.iterdir()):
+        return path
+    maker = _maker(path)
+    if maker is None:
+        raise ValueError(
+            f"output_dir {str(path)!r} is not empty and was not made by bertkd; "
+            "name an empty or a new directory."
+        )
+    if maker != command:
+        raise ValueError(
+            f"output_dir {str(path)!r} holds a run of `bertkd {maker}`, not of `bertkd {command}`; "
+            "name another directory."
+        )
+    if not reuse:
+        raise ValueError(
+            f"output_dir {str(path)!r} holds an earlier run; pass --resume to go on with it, "
+            "or name another directory."
+        )
+    return path
+
+
+def claim_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> Path:
+    """:func:`check_output_dir`, then create the directory and sign it with a marker file."""
+    path = check_output_dir(path, command, reuse=reuse)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / MARKER, {"command": command})
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a UTF-8 file atomically: readers see the old content or the new, never a part."""
+    return write_through(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write strict JSON atomically; NaN and infinities raise ``ValueError``."""
+    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_through(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Let ``write`` fill a temporary file beside ``path``, then move it into place."""
+    path = Path(path)
+    # The suffix stays last because matplotlib chooses the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _maker(path: Path) -> str | None:
+    try:
+        return json.loads((path / MARKER).read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,118 @@
+"""Loading models and tokenizers with errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from bertkd.data import TaskData
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and no warnings about unused heads, which say nothing new to users here."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(path: str | os.PathLike[str], argument: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: nothing there, or no tokenizer beside the model; names ``argument``.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet_transformers(), _said_plainly(path, argument, "a tokenizer"):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def load_model(
+    path: str | os.PathLike[str], argument: str, head: str | None = None, **config: Any
+) -> PreTrainedModel:
+    """An encoder, with a head for labels or masked words if asked for.
+
+    Args:
+        path: directory of a checkpoint, or its name on the Hugging Face Hub.
+        argument: what the user calls it, for messages.
+        head: ``"labels"`` (sequence classification or regression), ``"mlm"``, or ``None``.
+        config: overrides of the model's config, e.g. ``num_labels=2``.
+
+    Raises:
+        ValueError: nothing there, or not a Hugging Face encoder; names ``argument``.
+    """
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    classes = {
+        "labels": AutoModelForSequenceClassification,
+        "mlm": AutoModelForMaskedLM,
+        None: AutoModel,
+    }
+    with quiet_transformers(), _said_plainly(path, argument, "a model"):
+        return classes[head].from_pretrained(path, **config)
+
+
+def load_config(path: str | os.PathLike[str], argument: str) -> PretrainedConfig:
+    """The config of a checkpoint as it was saved.
+
+    Raises:
+        ValueError: nothing there; names ``argument``.
+    """
+    from transformers import AutoConfig
+
+    with _said_plainly(path, argument, "a model"):
+        return AutoConfig.from_pretrained(path)
+
+
+def saved_head(path: str | os.PathLike[str], argument: str) -> str | None:
+    """Which head the checkpoint was saved with: ``"labels"``, ``"mlm"`` or ``None``."""
+    names = load_config(path, argument).architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        return "labels"
+    masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
+    return "mlm" if masked else None
+
+
+def label_config(task: TaskData) -> dict[str, Any]:
+    """What a model's config says about the task's labels."""
+    if task.regression:
+        return {"num_labels": 1, "problem_type": "regression"}
+    names = dict(enumerate(task.label_names))
+    return {
+        "num_labels": task.num_labels,
+        "problem_type": "single_label_classification",
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+    }
+
+
+@contextlib.contextmanager
+def _said_plainly(path: str | os.PathLike[str], argument: str, what: str) -> Iterator[None]:
+    name = os.fspath(path)
+    looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ValueError(f"{argument}={name!r}: no such directory.")
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        place = "directory" if Path(name).is_dir() else "directory or model on the Hugging Face Hub"
+        raise ValueError(
+            f"{argument}={name!r}: cannot load {what} from this {place}: {reason}"
+        ) from error

@@ -1,0 +1,215 @@
+"""Distilled against label-only students on ``pydocs-topic``: the two-stage recipe put to the test."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from torch import nn
+
+from bertkd.distiller import Distiller
+from bertkd.student import create_student
+from bertkd.study.files import claim_output_dir, write_json
+from bertkd.study.models import label_config, load_model, load_tokenizer, quiet_transformers
+from bertkd.study.progress import Progress
+from bertkd.study.stages import ticking
+from bertkd.study.topic_report import Run, write_report
+from bertkd.study.workload import Workload, judge_all, load_workload
+from bertkd.training.exporting import export
+from bertkd.training.loop import train
+from bertkd.training.recipe import Recipe, Stage
+from bertkd.training.supervised import Supervised
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+EVALUATIONS = 6
+
+
+@dataclass(frozen=True)
+class TopicStudy:
+    """What to compare.
+
+    Attributes:
+        model: pretrained encoder to make the teacher of.
+        recipe: gives task, layers, the teacher's stage and the two stages of the students.
+        output_dir: gets table, plot and results; finished runs in it are kept.
+        seeds: students of each kind, with seeds 1, 2, ...
+        teacher_steps: most updates of the teacher.
+        student_steps: updates of each student; of two-stage students a third goes to the first.
+    """
+
+    model: str
+    recipe: Recipe
+    output_dir: Path
+    seeds: int = 3
+    teacher_steps: int = 1500
+    student_steps: int = 600
+
+    def teacher_stage(self) -> Stage:
+        """The teacher's stage, cut to ``teacher_steps``; it stops early at its plateau."""
+        steps = self.teacher_steps
+        every = max(1, steps // (2 * EVALUATIONS))
+        return _sized(self.recipe.teacher, steps, every)
+
+    def methods(self) -> dict[str, tuple[Stage, ...]]:
+        """Name -> stages; every method makes ``student_steps`` updates."""
+        first, last = self.recipe.stages
+        steps, part = self.student_steps, max(1, self.student_steps // 3)
+        every = max(1, steps // EVALUATIONS)
+        rest = max(1, steps - part)
+        return {
+            "labels only": (_sized(replace(last, objective="ce"), steps, every),),
+            "kd": (_sized(last, steps, every),),
+            f"{first.objective}, then kd": (_sized(first, part, None), _sized(last, rest, every)),
+        }
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One training of the study; ``run.json`` in its folder says that it is finished."""
+
+    method: str
+    seed: int
+    stages: tuple[Stage, ...]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, seed {self.seed}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        stages = [stage.to_dict() for stage in self.stages]
+        return {"method": self.method, "seed": self.seed, "stages": stages}
+
+    def finished(self) -> Run | None:
+        path = self.folder / "run.json"
+        if not path.is_file():
+            return None
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if any(saved.get(key) != value for key, value in self.identity.items()):
+            logger.warning("%s was made with other settings and is made anew", self.folder)
+            return None
+        return Run(**{field.name: saved[field.name] for field in fields(Run)})
+
+    def train(
+        self,
+        model: nn.Module,
+        build: Callable[[Stage], nn.Module],
+        workload: Workload,
+        progress: Progress,
+        teacher_score: float | None = None,
+    ) -> Run:
+        training, start = self.folder / "training", time.monotonic()
+        shutil.rmtree(training, ignore_errors=True)
+        total, done, taken = sum(stage.steps for stage in self.stages), 0, 0
+        with progress.phase(self.name) as tick:
+            for number, stage in enumerate(self.stages, start=1):
+                module = build(stage)
+                with ticking(module, total, tick, start=done):
+                    result = train(
+                        module,
+                        stage,
+                        workload.train,
+                        output_dir=training / f"{number}-{stage.name}",
+                        collate=workload.collate,
+                        eval_fn=workload.judge("validation") if stage.metric else None,
+                        seed=self.seed,
+                        log_with=None,
+                        teacher_score=teacher_score,
+                        progress=False,
+                    )
+                done, taken = done + stage.steps, taken + result.steps
+            scores = judge_all(model, workload)
+        shutil.rmtree(training)
+        run = Run(self.method, self.seed, scores, taken, time.monotonic() - start)
+        write_json(self.folder / "run.json", {**asdict(run), **self.identity})
+        return run
+
+
+def run_topic(study: TopicStudy) -> list[Run]:
+    """Train the teacher and all students, write and print the comparison.
+
+    Students of one seed start from the same weights: blocks of the fine-tuned teacher and the same
+    new head. Each keeps the weights of its best validation score, and is judged on the test split.
+
+    Raises:
+        ValueError: the folder cannot be used, or the recipe is not one for this study.
+    """
+    claim_output_dir(study.output_dir, "study topic", reuse=True)
+    tokenizer = load_tokenizer(study.model, "model")
+    workload = load_workload(study.recipe.task, tokenizer, study.recipe.max_length)
+    lesson = _Attempt(
+        "teacher", study.recipe.seed, (study.teacher_stage(),), study.output_dir / "teacher"
+    )
+    attempts = [
+        _Attempt(
+            method, seed, stages, study.output_dir / f"{re.sub('[^a-z]+', '-', method)}-{seed}"
+        )
+        for seed in range(1, study.seeds + 1)
+        for method, stages in study.methods().items()
+    ]
+    todo = [attempt for attempt in (lesson, *attempts) if attempt.finished() is None]
+    progress = Progress({attempt.name: _cost(attempt) for attempt in todo})
+    teacher, first = _teacher(study, lesson, tokenizer, workload, progress)
+    runs = [first]
+    for attempt in attempts:
+        run = attempt.finished()
+        if run is None:
+            student = create_student(teacher, study.recipe.layers, seed=attempt.seed, verbose=False)
+            build = partial(_module, teacher, student, attempt.seed)
+            accuracy = first.scores["validation"][workload.metric]
+            run = attempt.train(student, build, workload, progress, accuracy)
+        runs.append(run)
+    progress.close()
+    write_report(study.output_dir, workload, runs)
+    return runs
+
+
+def _teacher(
+    study: TopicStudy, lesson: _Attempt, tokenizer: Any, workload: Workload, progress: Progress
+) -> tuple[PreTrainedModel, Run]:
+    path, device = lesson.folder / "model", PartialState().device
+    run = lesson.finished()
+    if run is not None:
+        return load_model(path, "teacher", "labels").to(device), run
+    teacher = load_model(study.model, "model", "labels", **label_config(workload.task)).to(device)
+    run = lesson.train(teacher, lambda _: Supervised(teacher), workload, progress)
+    with quiet_transformers():
+        export(teacher, tokenizer, path, "# The teacher of the topic study")
+    return teacher, run
+
+
+def _module(teacher: nn.Module, student: nn.Module, seed: int, stage: Stage) -> nn.Module:
+    if stage.objective == "ce":
+        return Supervised(student)
+    return Distiller(teacher, student, stage.objective, layer_map=stage.layer_map, seed=seed)
+
+
+def _sized(stage: Stage, steps: int, eval_every: int | None) -> Stage:
+    return replace(
+        stage,
+        steps=steps,
+        epochs=None,
+        eval_every=eval_every if stage.metric else None,
+        save_every=None,
+        keep_last=1,
+    )
+
+
+def _cost(attempt: _Attempt) -> float:
+    # In forward passes of a student: a teacher has twice the blocks, a backward costs two forwards.
+    pass_costs = {"teacher": 6.0, "labels only": 3.0}
+    return pass_costs.get(attempt.method, 5.0) * sum(stage.steps for stage in attempt.stages)

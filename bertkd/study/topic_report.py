@@ -1,0 +1,115 @@
+"""The topic study's outcome, whichever way it falls, as table, plot and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import bertkd
+from bertkd.study.files import write_json, write_text
+from bertkd.study.plots import plot_score_bars
+from bertkd.study.table import Table, human_time, mean_std
+from bertkd.study.workload import Scores, Workload
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the study.
+
+    Attributes:
+        method: ``"teacher"`` or how the student was trained.
+        seed: of it.
+        scores: split -> score name -> value.
+        steps: updates made; fewer than planned where it stopped early.
+        seconds: training and scoring.
+    """
+
+    method: str
+    seed: int
+    scores: Scores
+    steps: int
+    seconds: float
+
+
+def write_report(output_dir: Path, workload: Workload, runs: Sequence[Run]) -> None:
+    """``results.json``, ``report.md`` and ``bars.png``; prints the table and what it means."""
+    by_method = group(runs)
+    table = method_table(by_method, workload.metric)
+    notes = findings(by_method, workload.metric)
+    seeds = len(next(reversed(by_method.values())))
+    title = f"{workload.name}: mean ± standard deviation of {seeds} seeds"
+    size = (
+        f"{len(workload.train):,} training rows, {workload.task.num_labels} classes; scores on the test "
+        "split, weights chosen on the validation split."
+    )
+    print(f"\n{title}\n{size}\n\n{table.text()}\n")
+    print("\n".join(notes))
+    report = [f"# {title}", size, table.markdown(), "\n".join(f"- {note}" for note in notes)]
+    write_text(output_dir / "report.md", "\n\n".join(report) + "\n")
+    write_json(
+        output_dir / "results.json",
+        {
+            "task": workload.name,
+            "runs": [asdict(run) for run in runs],
+            "findings": notes,
+            "bertkd": bertkd.__version__,
+        },
+    )
+    bars = {
+        method: {f"test {workload.metric}": [run.scores["test"][workload.metric] for run in found]}
+        for method, found in by_method.items()
+    }
+    plot_score_bars(bars, output_dir / "bars.png", title)
+
+
+def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by method, in order of first appearance."""
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    return by_method
+
+
+def method_table(by_method: dict[str, list[Run]], metric: str) -> Table:
+    """One row per method: every test score, the validation ``metric``, updates and time."""
+    first = next(iter(by_method.values()))[0]
+    names = list(first.scores["test"])
+    table = Table(
+        ["method", "runs", *(f"test {n}" for n in names), f"validation {metric}", "updates", "time"]
+    )
+    for method, runs in by_method.items():
+        table.add(
+            method,
+            str(len(runs)),
+            *(mean_std([run.scores["test"][name] for run in runs]) for name in names),
+            mean_std([run.scores["validation"][metric] for run in runs]),
+            f"{fmean(run.steps for run in runs):.0f}",
+            human_time(fmean(run.seconds for run in runs)),
+        )
+    return table
+
+
+def findings(by_method: dict[str, list[Run]], metric: str) -> list[str]:
+    """Each distilled method against the label-only students, seed by seed, and against the teacher."""
+    teacher = by_method["teacher"][0].scores["test"][metric]
+    plain = {run.seed: run.scores["test"][metric] for run in by_method["labels only"]}
+    notes = []
+    for method, runs in by_method.items():
+        if method == "teacher":
+            continue
+        values = [run.scores["test"][metric] for run in runs]
+        if method != "labels only":
+            gains = [100 * (run.scores["test"][metric] - plain[run.seed]) for run in runs]
+            better = sum(gain > 0 for gain in gains)
+            notes.append(
+                f"{method}: {mean_std(gains, 1)} points of {metric} over labels only, better in {better} "
+                f"of {len(gains)} seeds."
+            )
+        if fmean(values) > teacher:
+            notes.append(
+                f"WARNING: {method} ({fmean(values):.3f}) overtakes the teacher ({teacher:.3f}): train the "
+                "teacher longer before concluding anything."
+            )
+    return notes

@@ -1,0 +1,146 @@
+"""What models are trained and judged on: a labelled task, retrieval, or plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from bertkd.data import (
+    Collator,
+    MaskingCollator,
+    TaskData,
+    load_blocks,
+    load_retrieval,
+    load_task,
+    open_corpus,
+)
+from bertkd.data.encode import EncodedRows, encode_rows
+from bertkd.data.tables import Table
+from bertkd.study.retrieval import RetrievalJudge
+from bertkd.training.evaluate import predict
+from bertkd.training.metrics import compute_metrics
+
+RETRIEVAL = "pydocs-retrieval"
+
+
+Judge = Callable[[nn.Module], dict[str, float]]
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Training rows, how to batch them, and how to judge a model.
+
+    Attributes:
+        name: of the task or the text.
+        head: the head that models need: ``"labels"``, ``"mlm"``, or ``None`` for bare encoders.
+        train: encoded training rows.
+        collate: rows to a batch of tensors.
+        judges: split -> function from a model to its scores by name; empty for plain text.
+        metric: the score that says which checkpoint is best.
+        task: the labelled task, where it is one.
+    """
+
+    name: str
+    head: str | None
+    train: EncodedRows
+    collate: Callable[[list[Mapping[str, Any]]], Mapping[str, Any]]
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+    metric: str | None = None
+    task: TaskData | None = None
+
+    def judge(self, split: str) -> Judge:
+        """The judge of one split.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if split not in self.judges:
+            known = ", ".join(self.judges) or "none"
+            raise ValueError(
+                f"split={split!r}: {self.name} has no such split. Its splits: {known}."
+            )
+        return self.judges[split]
+
+    def compare_with(self, teacher: nn.Module) -> None:
+        """Let the judges of sentence embeddings compare with this teacher's similarities."""
+        for judge in self.judges.values():
+            if isinstance(judge, RetrievalJudge):
+                judge.teacher = judge.similarities(teacher)
+
+
+def load_workload(task: str, tokenizer: Any, max_length: int, **columns: Any) -> Workload:
+    """A task by name or path.
+
+    Args:
+        task: ``"pydocs-retrieval"``, or what ``bertkd.data.load_task`` takes.
+        tokenizer: of the models.
+        max_length: tokens per example at most.
+        columns: further arguments of ``load_task``; those that are ``None`` are left out.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``load_task``.
+    """
+    columns = {name: value for name, value in columns.items() if value is not None}
+    if task == RETRIEVAL:
+        if columns:
+            raise ValueError(f"{', '.join(columns)}: for labelled tasks only, not for {task!r}.")
+        return _retrieval(tokenizer, max_length)
+    data = load_task(task, tokenizer=tokenizer, max_length=max_length, **columns)
+    splits = {"validation": data.validation, "test": data.test, **data.extra_validation}
+    collate = Collator(tokenizer)
+    judges = {
+        name: _label_judge(data, rows, collate) for name, rows in splits.items() if rows is not None
+    }
+    return Workload(data.name, "labels", data.train, collate, judges, data.primary_metric, data)
+
+
+def load_text(source: str, tokenizer: Any, max_length: int, *, masked: bool = False) -> Workload:
+    """Unlabelled text in blocks of ``max_length`` tokens, for task-agnostic distillation.
+
+    Args:
+        source: what ``bertkd.data.open_corpus`` takes: a text file, a folder of them, ``"pydocs"``.
+        tokenizer: of the models.
+        max_length: tokens per block.
+        masked: hide some of the words and make them the labels, for models with that head.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``open_corpus`` and ``load_blocks``.
+    """
+    blocks = load_blocks(open_corpus(source), tokenizer, max_length)
+    if masked:
+        return Workload(source, "mlm", blocks, MaskingCollator(tokenizer))
+    return Workload(source, None, blocks, Collator(tokenizer))
+
+
+def judge_all(model: nn.Module, workload: Workload) -> Scores:
+    """Split -> score name -> value."""
+    return {split: judge(model) for split, judge in workload.judges.items()}
+
+
+def encode_texts(texts: list[str], name: str, tokenizer: Any, max_length: int) -> EncodedRows:
+    """Texts as training rows without labels."""
+    table = Table({"text": texts}, ((name, len(texts)),))
+    return encode_rows(table, "text", tokenizer=tokenizer, max_length=max_length)
+
+
+def _label_judge(data: TaskData, rows: EncodedRows, collate: Collator) -> Judge:
+    def judge(model: nn.Module) -> dict[str, float]:
+        logits, labels = predict(model, rows, collate)
+        return compute_metrics(data.metric_names, logits, labels)
+
+    return judge
+
+
+def _retrieval(tokenizer: Any, max_length: int) -> Workload:
+    splits = {split: load_retrieval(split=split) for split in ("validation", "test")}
+    judges = {
+        split: RetrievalJudge(data.queries, data.documents, tokenizer)
+        for split, data in splits.items()
+    }
+    texts = splits["validation"].train_texts
+    rows = encode_texts(texts, RETRIEVAL, tokenizer, max_length)
+    return Workload(RETRIEVAL, None, rows, Collator(tokenizer), judges, "mrr")

@@ -1,0 +1,129 @@
+"""Evaluation: a model's predictions on a data set, and what a score means for the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, send_to_device
+from torch import nn
+
+from bertkd.errors import unknown_name
+from bertkd.training.recipe import Stage
+from bertkd.training.rng import kept_rng
+from bertkd.training.snapshot import TrainState
+from bertkd.training.stream import Collate, example_lengths
+from bertkd.training.supervised import accepted
+from bertkd.training.tracking import finite
+
+EvalFn = Callable[[nn.Module], Mapping[str, float]]
+
+logger = logging.getLogger(__name__)
+
+
+def student_of(module: nn.Module) -> nn.Module:
+    """What evaluation and export see of a trained module: its ``student``, or itself."""
+    return getattr(module, "student", module)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    data: Any,
+    collate: Collate,
+    *,
+    batch_size: int = 64,
+    autocast: torch.dtype | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Run ``model`` over ``data`` on the device it is on, longest examples first.
+
+    Args:
+        model: a Hugging Face model with a task head; its mode is kept.
+        data: examples with ``input_ids``.
+        collate: examples to a batch.
+        batch_size: examples per forward pass.
+        autocast: run the forward in this dtype; None in the weights' own.
+
+    Returns:
+        Logits (N, C) in fp32 and labels (N,), None where there are none, in the order of ``data``.
+    """
+    lengths = example_lengths(data)
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    logits, labels = [], []
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = collate([data[row] for row in order[start : start + batch_size]])
+            if "labels" in batch:
+                labels.append(batch["labels"].cpu())
+            inputs = {k: v for k, v in accepted(model, batch).items() if k != "labels"}
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                output = model(**send_to_device(inputs, device))
+            logits.append(output.logits.float().cpu())
+    finally:
+        model.train(was_training)
+    back = np.argsort(order)
+    found = torch.cat(logits).numpy()[back]
+    return found, torch.cat(labels).numpy()[back] if labels else None
+
+
+def run_eval(accelerator: Accelerator, module: nn.Module, eval_fn: EvalFn) -> dict[str, float]:
+    """``eval_fn(student)`` in eval mode, without gradients and without a trace in the generators.
+
+    Every process evaluates; the main process's numbers count, so that all stop or go on together.
+    """
+    module.eval()
+    try:
+        with torch.no_grad(), kept_rng():
+            metrics = {name: float(value) for name, value in eval_fn(student_of(module)).items()}
+    finally:
+        module.train()
+    if accelerator.num_processes > 1:
+        metrics = broadcast_object_list([metrics])[0]
+    return metrics
+
+
+def note(
+    state: TrainState, metrics: dict[str, float], stage: Stage, teacher_score: float | None
+) -> None:
+    """Enter an evaluation of the present step into ``state``: best so far, patience, teacher passed.
+
+    Raises:
+        ValueError: ``stage.metric`` is not among the results.
+    """
+    state.metrics = {name: finite(value) for name, value in metrics.items()}
+    if stage.metric is None:
+        return
+    if stage.metric not in metrics:
+        raise unknown_name("metric", stage.metric, metrics)
+    score = state.metrics[stage.metric]
+    sign = 1 if stage.maximize else -1
+    if score is not None and (state.best_metric is None or sign * (score - state.best_metric) > 0):
+        if teacher_score is not None:
+            _warn_if_overtaken(state, stage, score, sign, teacher_score)
+        state.best_metric, state.best_step, state.bad_evals = score, state.step, 0
+    else:
+        state.bad_evals += 1
+    state.stopped = stage.patience is not None and state.bad_evals >= stage.patience
+
+
+def _warn_if_overtaken(
+    state: TrainState, stage: Stage, score: float, sign: int, teacher_score: float
+) -> None:
+    before = state.best_metric
+    was_behind = before is None or sign * (before - teacher_score) <= 0
+    if was_behind and sign * (score - teacher_score) > 0:
+        logger.warning(
+            "step %d: the student's %s (%.4g) overtakes its teacher's (%.4g); a teacher trained "
+            "longer may have more to teach",
+            state.step,
+            stage.metric,
+            score,
+            teacher_score,
+        )

@@ -1,0 +1,131 @@
+"""The machine a run trains on: device, mixed precision and processes, through Accelerate."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from torch import Tensor, nn
+
+from bertkd.errors import unknown_name
+
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
+
+logger = logging.getLogger(__name__)
+
+
+def make_accelerator(
+    precision: str = "fp32",
+    log_with: str | Sequence[str] | None = None,
+    logging_dir: Path | None = None,
+) -> Accelerator:
+    """An Accelerator for ``train``: its device, mixed precision, DDP and trackers.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16" (GPUs only).
+        log_with: a tracker of Accelerate's by name, several, or None. TensorBoard is left out with a
+            warning where it is not installed; any other tracker must be.
+        logging_dir: where trackers that write files put them.
+
+    Raises:
+        ValueError: an unknown tracker, or fp16 without a GPU.
+        ImportError: a tracker that is not installed.
+    """
+    mixed_precision = _PRECISION[precision]
+    shared = AcceleratorState._shared_state
+    if shared and shared.get("_mixed_precision") != mixed_precision:
+        # Accelerate fixes the precision once per process; stages may differ in theirs.
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        log_with=_installed(log_with) or None,
+        project_dir=logging_dir,
+        # A stage that matches inner layers leaves the task head without a gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    check_accelerator(accelerator, precision)
+    return accelerator
+
+
+def check_accelerator(accelerator: Accelerator, precision: str) -> None:
+    """Refuse an Accelerator that cannot do what the stage asks for.
+
+    Raises:
+        ValueError: another mixed precision than the stage's, fp16 on a CPU, or a way of
+            distributing other than one process or DDP.
+    """
+    if accelerator.mixed_precision != _PRECISION[precision]:
+        raise ValueError(
+            f"the stage's precision is {precision!r} but the accelerator was made with "
+            f"mixed_precision={accelerator.mixed_precision!r}; make them agree"
+        )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision='fp16' needs a GPU; use 'bf16' or 'fp32' on a CPU")
+    if accelerator.distributed_type.name not in _SUPPORTED:
+        raise ValueError(
+            f"training runs in one process or with DDP, not with {accelerator.distributed_type.name}"
+        )
+
+
+@contextmanager
+def trackers(accelerator: Accelerator, run: Mapping[str, Any], resumed: int) -> Iterator[None]:
+    """Keep the trackers open; TensorBoard drops what a killed run wrote beyond step ``resumed``."""
+    purge = {"tensorboard": {"purge_step": resumed + 1}} if resumed else None
+    accelerator.init_trackers("bertkd", init_kwargs=purge)
+    for tracker in accelerator.trackers:
+        # TensorBoard would make a run of its own out of them.
+        if tracker.name != "tensorboard":
+            tracker.store_init_configuration(dict(run))
+    try:
+        yield
+    finally:
+        # Not end_training(), which would take the process group from later stages too.
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []
+
+
+class LossOnly(nn.Module):
+    """``module`` with an output of which only the loss carries a graph.
+
+    DDP waits for a gradient of every weight that any output depends on; logits the loss does not
+    use would have it wait for ever.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and detached: the loss and its terms by name."""
+        output = self.module(batch)
+        values = {name: value.detach() for name, value in output.terms.items()}
+        return output.loss, values | {"loss": output.loss.detach()}
+
+
+def _installed(log_with: str | Sequence[str] | None) -> list[Any]:
+    names = [log_with] if isinstance(log_with, str) else list(log_with or [])
+    kept: list[Any] = []
+    for name in names:
+        if not isinstance(name, str) or _find(name):
+            kept.append(name)
+        elif name == "tensorboard":
+            logger.warning("tensorboard is not installed; the history goes to history.jsonl only")
+        else:
+            raise ImportError(f"log_with={name!r}: the package {name!r} is not installed")
+    return kept
+
+
+def _find(tracker: str) -> bool:
+    if tracker not in LoggerType.list():
+        raise unknown_name("tracker", tracker, LoggerType.list())
+    packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+    return any(importlib.util.find_spec(package) is not None for package in packages)

@@ -1,0 +1,98 @@
+"""What made a run, kept in its checkpoints, and what may differ when it is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from bertkd.errors import CheckpointError
+from bertkd.training.recipe import Stage
+
+logger = logging.getLogger(__name__)
+
+
+def describe_run(
+    module: nn.Module,
+    stage: Stage,
+    seed: int,
+    lengths: Sequence[int],
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """The run as plain values: its settings, its data and teacher by checksum, and what it runs on."""
+    checksum = zlib.crc32(np.asarray(lengths, dtype=np.int64).tobytes())
+    return {
+        "module": type(module).__name__,
+        "stage": stage.to_dict(),
+        "seed": seed,
+        "processes": accelerator.num_processes,
+        "data": {"examples": len(lengths), "checksum_of_lengths": checksum},
+        "teacher": _checksum(getattr(module, "teacher", None)),
+        "environment": {
+            "device": accelerator.device.type,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Check that a checkpoint was made by the run that wants to go on from it.
+
+    Settings that leave the sequence of updates alone (how often to save, evaluate or log) may
+    differ. Another device or version of a library is warned of: the results may differ in bits.
+
+    Raises:
+        CheckpointError: naming ``path`` and listing what differs.
+    """
+    free = {f.name for f in dataclasses.fields(Stage) if f.metadata.get("resume") == "free"}
+    then, now = _flat(saved, free), _flat(present, free)
+    keys = [key for key in now | then if then.get(key) != now.get(key)]
+    soft = [key for key in keys if key.startswith("environment.")]
+    hard = [key for key in keys if key not in soft]
+    if hard:
+        raise CheckpointError(
+            f"{path} was made by another run: "
+            + "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in hard)
+            + ". Resume with the old settings, or start afresh in another output_dir"
+        )
+    for key in soft:
+        logger.warning(
+            "%s: %s was %s, now %s; results may differ in bits",
+            path.name,
+            key.removeprefix("environment."),
+            then.get(key),
+            now.get(key),
+        )
+
+
+def _checksum(teacher: Any) -> int | None:
+    """CRC-32 of the teacher's weights: it is in no checkpoint, but the run depends on it."""
+    if not isinstance(teacher, nn.Module):
+        return None
+    checksum = 0
+    for parameter in teacher.parameters():
+        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(raw.numpy().data, checksum)
+    return checksum
+
+
+def _flat(run: Mapping[str, Any], free: set[str]) -> dict[str, Any]:
+    """One level deep: ``{"stage.lr": ...}``, without the free fields of the stage."""
+    flat: dict[str, Any] = {}
+    for key, value in run.items():
+        if isinstance(value, Mapping):
+            kept = {k: v for k, v in value.items() if key != "stage" or k not in free}
+            flat |= {f"{key}.{k}": v for k, v in kept.items()}
+        else:
+            flat[key] = value
+    return flat

@@ -1,0 +1,69 @@
+"""A model trained on its task's labels alone, in the shape the training loop takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass
+class SupervisedOutput:
+    """What one batch gave.
+
+    Attributes:
+        loss: scalar fp32, to call ``backward`` on.
+        terms: its parts by name, detached scalars.
+        logits: the model's, as it gave them.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    logits: Tensor | None = None
+
+
+def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of ``batch`` that ``model``'s forward takes.
+
+    ``token_type_ids`` are left out where the model has one type only, as RoBERTa does.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    inputs = {name: value for name, value in batch.items() if name in parameters}
+    if getattr(getattr(model, "config", None), "type_vocab_size", 2) <= 1:
+        inputs.pop("token_type_ids", None)
+    return inputs
+
+
+class Supervised(nn.Module):
+    """Fine-tune ``model`` on labels: how a task's teacher is made, and what students compare with.
+
+    Args:
+        model: any Hugging Face model that computes a loss from ``labels``.
+
+    Attributes:
+        student: ``model``; the name is the one evaluation and export look for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if "labels" not in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"{type(model).__name__} takes no labels; load the model with a task head, e.g. "
+                "AutoModelForSequenceClassification"
+            )
+        self.student = model
+
+    def forward(self, batch: Mapping[str, Tensor]) -> SupervisedOutput:
+        """The model's own loss on ``batch``; columns its forward does not know are left out.
+
+        Raises:
+            ValueError: the batch has no labels.
+        """
+        if "labels" not in batch:
+            raise ValueError(f"batch has no 'labels', only {', '.join(batch)}")
+        output = self.student(**accepted(self.student, batch))
+        loss = output.loss.float()
+        return SupervisedOutput(loss=loss, terms={"ce": loss.detach()}, logits=output.logits)

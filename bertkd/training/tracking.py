@@ -1,0 +1,71 @@
+"""The history of a run: ``history.jsonl``, and the same rows to the trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from bertkd.training.atomic import whole_file
+
+
+class History:
+    """Rows of numbers with a ``step`` each; the main process writes them.
+
+    Args:
+        accelerator: of the run; its trackers get every row.
+        path: the JSON-lines file. It is rewritten with ``rows``: the file of a killed run may be
+            ahead of the checkpoint, or end in half a line.
+        rows: those the checkpoint holds; the list grows in place.
+    """
+
+    def __init__(self, accelerator: Accelerator, path: Path, rows: list[dict[str, Any]]) -> None:
+        self.accelerator = accelerator
+        self.path = path
+        self.rows = rows
+        if accelerator.is_main_process:
+            whole_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row; a value that is not finite becomes null."""
+        row = {key: finite(value) for key, value in row.items()}
+        self.rows.append(row)
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+            numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
+            self.accelerator.log(numbers, step=row["step"])
+
+
+class Stopwatch:
+    """Seconds over all sittings, and updates per second since the last look.
+
+    Args:
+        earlier: seconds of earlier sittings.
+        step: updates done in them.
+    """
+
+    def __init__(self, earlier: float, step: int) -> None:
+        now = time.perf_counter()
+        self._start = now - earlier
+        self._last = (now, step)
+
+    def seconds(self) -> float:
+        """Time spent so far."""
+        return time.perf_counter() - self._start
+
+    def rate(self, step: int) -> float:
+        """Updates per second since the last call."""
+        now = time.perf_counter()
+        (then, before), self._last = self._last, (now, step)
+        return (step - before) / (now - then)
+
+
+def finite(value: Any) -> Any:
+    """``value``, or None where it is a NaN or an infinity, which JSON cannot hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

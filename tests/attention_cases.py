@@ -1,0 +1,39 @@
+"""Inputs for the attention ops: as they come out of models, i.e. (B, L, H, D) seen as (B, H, L, D)."""
+
+import torch
+
+
+def qkv(batch, heads, length, width, *, seed, dtype=torch.float32, spread=1.0):
+    """Two tensors (B, H, L, D), transposed views."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, length, heads, width)
+    return [
+        (torch.randn(shape, generator=generator) * spread).to(dtype).transpose(1, 2)
+        for _ in range(2)
+    ]
+
+
+def ragged_mask(batch, length, *, seed, empty_row=False):
+    """Right-padded, left-padded and holed sequences; optionally one without any real token."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for b in range(batch):
+        cut = int(torch.randint(0, length, (1,), generator=generator))
+        if b % 3 == 0:
+            mask[b, max(1, cut) :] = 0
+        elif b % 3 == 1:
+            mask[b, : min(cut, length - 1)] = 0
+        else:
+            mask[b] = (torch.rand(length, generator=generator) > 0.4).long()
+            mask[b, cut] = 1
+    if empty_row:
+        mask[-1] = 0
+    return mask
+
+
+def value_and_grads(loss, student, *args, **options):
+    """The loss, reduced against fixed weights, and its gradients with respect to the student's tensors."""
+    student = [x.detach().requires_grad_() for x in student]
+    value = loss(*student, *args, **options)
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape)
+    return [value.detach(), *torch.autograd.grad((value * weights).sum(), student)]

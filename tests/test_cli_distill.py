@@ -1,0 +1,179 @@
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_task import review_rows, save_csv, save_reviews, save_tiny_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from bertkd.cli.main import main
+
+FAST = ["--log_with", "none", "--max_length", "16", "--batch_size", "16"]
+FAST += ["--eval_every", "1000", "--save_every", "1000"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A pretrained model, a task, and a teacher that `bertkd finetune` made of them."""
+    root = tmp_path_factory.mktemp("cli")
+    model = save_tiny_model(root / "pretrained")
+    task = save_reviews(root / "reviews")
+    words = ["--model", model, "--task", task, "--output_dir", str(root / "teacher")]
+    assert main(["finetune", *words, "--steps", "50", "--lr", "3e-3", *FAST]) == 0
+    return {"root": root, "task": task, "model": model, "teacher": str(root / "teacher" / "model")}
+
+
+def distill(place, folder, *words):
+    fixed = ["--teacher", place["teacher"], "--output_dir", str(folder), "--layers", "uniform:2"]
+    return main(["distill", *fixed, *FAST, *words])
+
+
+def test_finetuned_teacher_has_learnt_and_is_a_plain_checkpoint(place):
+    results = json.loads((place["root"] / "teacher" / "results.json").read_text())
+    assert results["scores"]["model"]["test"]["accuracy"] > 0.8
+    teacher = AutoModelForSequenceClassification.from_pretrained(place["teacher"])
+    assert teacher.config.id2label == {0: "bad", 1: "good"}
+    assert "text-classification" in (place["root"] / "teacher/model/README.md").read_text()
+
+
+def test_distill_from_start_to_a_loadable_student(place, tmp_path, capsys):
+    out = tmp_path / "student"
+    words = ["--task", place["task"], "--objective", "kd + att_kl", "--steps", "30", "--lr", "3e-3"]
+    assert distill(place, out, *words) == 0
+    text = capsys.readouterr().out
+    assert "0:1,1:3" in text.replace(" ", "")
+    results = json.loads((out / "results.json").read_text())
+    scores = results["scores"]
+
+    # The figures in results.json are those of the exported model, computed anew without bertkd.
+    student = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    rows = review_rows(24, seed=2)
+    batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = student(**batch).logits.argmax(-1)
+    right = [
+        student.config.id2label[int(i)] == row["label"] for i, row in zip(found, rows, strict=True)
+    ]
+    assert scores["student"]["test"]["accuracy"] == pytest.approx(sum(right) / 24)
+    assert scores["teacher"]["test"]["accuracy"] > 0.8
+    assert student.config.num_hidden_layers == 2
+    assert {path.name for path in (out / "model").iterdir()} >= {"README.md", "model.safetensors"}
+    assert (out / "1-distil.png").stat().st_size > 10_000
+
+    # A finished run is refused without --resume, and resumed has nothing left to do.
+    before = (out / "model" / "model.safetensors").read_bytes()
+    assert distill(place, out, *words) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert distill(place, out, *words, "--resume") == 0
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+
+    # evaluate gives the same figures.
+    path = tmp_path / "scores.json"
+    fixed = ["--max_length", "16", "--split", "test", "--output", str(path)]
+    assert main(["evaluate", "--model", str(out / "model"), "--task", place["task"], *fixed]) == 0
+    again = json.loads(path.read_text())["scores"]["model"]["test"]
+    assert again == pytest.approx(scores["student"]["test"])
+
+
+def test_two_stages_of_a_recipe_and_no_judging_of_a_random_head(place, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"task: {place['task']}\nlayers: [0, 3]\nmax_length: 16\n"
+        "every_stage: {batch_size: 16, steps: 3, eval_every: 2, log_every: 1}\n"
+        "stages:\n- {name: inner, objective: att_kl}\n- {name: outer, objective: kd}\n"
+    )
+    out = tmp_path / "out"
+    words = ["--teacher", place["teacher"], "--recipe", str(recipe), "--output_dir", str(out)]
+    assert main(["distill", *words, "--log_with", "none"]) == 0
+    rows = {name: (out / name / "history.jsonl").read_text() for name in ("1-inner", "2-outer")}
+    assert "eval_accuracy" not in rows["1-inner"]
+    assert "eval_accuracy" in rows["2-outer"]
+    assert (
+        main(["distill", *words[:4], "--output_dir", str(tmp_path / "x"), "--objective", "kd"]) == 2
+    )
+    assert "write a recipe of your own" in capsys.readouterr().err
+
+
+def test_plain_text_needs_no_labels(place, tmp_path):
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n".join(row["text"] for row in review_rows(60, seed=5)))
+    out = tmp_path / "out"
+    assert distill(place, out, "--text", str(text), "--objective", "hid_seq", "--steps", "3") == 0
+    assert json.loads((out / "results.json").read_text())["scores"]["student"] == {}
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--task", place["task"], "--objective", "att_kl", "--dry-run"]
+    assert distill(place, out, *words) == 0
+    text = capsys.readouterr().out
+    assert not out.exists()
+    student = tiny_model("bert", head_cls="sequence", num_labels=2)
+    count = sum(parameter.numel() for parameter in student.parameters())
+    assert f"{count:,} parameters" in text
+    assert all(word in text for word in ("att_kl", "naive", "fused", "updates"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--objective", "att_kll"], "att_kl"),
+        (["--layer_map", "0:9"], "9"),
+        (["--layers", "uniform:9"], "uniform:9"),
+        (["--task", "no/such/folder"], "no/such/folder"),
+        (["--text_column", "sentnce"], "sentnce"),
+        (["--label_column", "lable"], "'label'"),
+        (["--teacher", "./nowhere"], "no such directory"),
+        (["--recipe", "rtee"], "rte"),
+        (["--warmup", "50", "--steps", "5"], "warmup"),
+        (["--lr", "-1"], "lr"),
+        (["--impl", "cudaa"], "cuda"),
+        (["--text", "also.txt"], "not both"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_written(words, message, place, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert distill(place, out, "--task", place["task"], *words) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.startswith("bertkd distill: error: ")
+    assert len(text.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_data_and_teachers_that_do_not_fit(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    empty = save_csv(tmp_path / "empty.csv", [])
+    assert distill(place, out, "--task", empty) == 2
+    assert "empty.csv" in capsys.readouterr().err
+
+    three = [{"text": f"a film {i}", "label": "xyz"[i % 3]} for i in range(30)]
+    assert distill(place, out, "--task", save_csv(tmp_path / "three.csv", three)) == 2
+    assert "2 labels" in capsys.readouterr().err
+
+    others = [{"text": f"a film {i}", "label": "yn"[i % 2]} for i in range(30)]
+    assert distill(place, out, "--task", save_csv(tmp_path / "others.csv", others)) == 2
+    assert "another order or other classes" in capsys.readouterr().err
+
+    words = ["--task", place["task"], "--teacher", place["model"]]
+    assert distill(place, out, *words) == 2
+    assert "bertkd finetune" in capsys.readouterr().err
+
+
+def test_foreign_folders_are_left_alone(place, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert distill(place, tmp_path, "--task", place["task"]) == 2
+    assert "not made by bertkd" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_damaged_checkpoint_is_named_and_code_1(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--task", place["task"], "--objective", "kd", "--steps", "4", "--save_every", "2"]
+    assert distill(place, out, *words) == 0
+    broken = out / "1-distil" / "checkpoint-4" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert distill(place, out, *words, "--resume") == 1
+    assert "checkpoint-4" in capsys.readouterr().err
+    assert distill(place, out, *words, "--resume", "last-good") == 0

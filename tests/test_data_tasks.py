@@ -1,0 +1,457 @@
+"""Tasks from local files and GLUE: what is encoded, and what is refused."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from tiny_tokenizer import tiny_tokenizer
+
+from bertkd.data import load_task
+from bertkd.data.glue import GLUE_TASKS
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def jsonl(folder, rows, name="train.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def movies(count=10, **more):
+    return [{"text": f"film {i}", "label": ["bad", "good"][i % 2], **more} for i in range(count)]
+
+
+def load(path, tokenizer, **options):
+    options.setdefault("validation_path", path)
+    return load_task(path, tokenizer=tokenizer, **options)
+
+
+# What comes out
+
+
+def test_rows_are_what_the_tokenizer_makes_of_the_texts(tmp_path, tokenizer):
+    rows = [
+        {"a": "the cat runs", "b": "a dog", "y": "yes"},
+        {"a": "x", "b": "the story was great", "y": "no"},
+    ]
+    data = load(
+        jsonl(tmp_path, rows),
+        tokenizer,
+        text_column="a",
+        pair_column="b",
+        label_column="y",
+    )
+    for i, row in enumerate(rows):
+        expected = tokenizer(row["a"], row["b"])
+        assert data.train[i] == {
+            "input_ids": expected["input_ids"],
+            "token_type_ids": expected["token_type_ids"],
+            "labels": ["no", "yes"].index(row["y"]),
+            "index": i,
+        }
+    assert (data.label_names, data.num_labels, data.regression) == (("no", "yes"), 2, False)
+    assert (data.metric_names, data.primary_metric) == (("accuracy", "f1"), "accuracy")
+    assert data.train.lengths.tolist() == [len(row["input_ids"]) for row in data.train]
+    assert data.name == "train"
+    assert data.test is None
+    assert data.notes == ()
+
+
+def test_slices_keep_index_and_labels(tmp_path, tokenizer):
+    train = load(jsonl(tmp_path, movies()), tokenizer).train
+    part = train[4:8]
+    assert list(part) == [train[i] for i in range(4, 8)]
+    assert part[0]["index"] == 4
+    assert train[-1] == train[9]
+    assert list(train.take([7, 2])) == [train[7], train[2]]
+    with pytest.raises(IndexError):
+        train[10]
+
+
+def test_tokenizer_without_token_types(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    data = load(jsonl(tmp_path, movies()), tokenizer)
+    assert data.train[0].keys() == {"input_ids", "labels", "index"}
+
+
+def test_directory_with_all_splits(tmp_path, tokenizer):
+    jsonl(tmp_path, movies(6))
+    (tmp_path / "dev.csv").write_text("text,label\nfilm,good\n")
+    (tmp_path / "test.tsv").write_text("text\tlabel\nfilm\tbad\nplot\tgood\n")
+    data = load_task(tmp_path, tokenizer=tokenizer)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [6, 1, 2]
+    assert data.validation[0]["labels"] == 1
+
+
+def test_rows_longer_than_chunk_are_all_encoded(tmp_path, tokenizer):
+    rows = [{"text": f"film {i}", "label": i % 3} for i in range(2501)]
+    data = load(jsonl(tmp_path, rows), tokenizer)
+    for i in (0, 1999, 2000, 2500):
+        assert data.train[i]["input_ids"] == tokenizer(f"film {i}")["input_ids"]
+        assert data.train[i]["labels"] == i % 3
+    assert data.metric_names == ("accuracy", "macro_f1")
+
+
+# Classes or numbers
+
+
+def test_float_labels_are_regression_unless_told(tmp_path, tokenizer):
+    path = jsonl(tmp_path, [{"text": "a", "label": 0.25}, {"text": "b", "label": 3}])
+    data = load(path, tokenizer)
+    assert (data.regression, data.num_labels, data.label_names) == (True, 1, ())
+    assert [row["labels"] for row in data.train] == [0.25, 3.0]
+    assert data.train.labels.dtype == np.float32
+    assert data.primary_metric == "pearson"
+    with pytest.raises(ValueError, match="is a fraction, not a class"):
+        load(path, tokenizer, regression=False)
+
+
+def test_whole_floats_are_regression_with_a_warning_or_classes_if_told(tmp_path, tokenizer):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na,0.0\nb,1.0\n")
+    with pytest.warns(UserWarning, match="pass regression=False if they are classes"):
+        assert load(path, tokenizer).regression
+    data = load(path, tokenizer, regression=False)
+    assert data.label_names == ("0", "1")
+    assert data.train.labels.tolist() == [0, 1]
+
+
+def test_integers_are_classes_in_numerical_order(tmp_path, tokenizer):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na,10\nb,2\nc,2\n")
+    data = load(path, tokenizer)
+    assert data.label_names == ("2", "10")
+    assert data.train.labels.tolist() == [1, 0, 0]
+    assert load(path, tokenizer, num_labels=1).regression
+    assert load(path, tokenizer, regression=True).train.labels.tolist() == [10.0, 2.0, 2.0]
+
+
+def test_integer_labels_stay_themselves_where_num_labels_leaves_room(tmp_path, tokenizer):
+    path = jsonl(tmp_path, [{"text": "a", "label": 0}, {"text": "b", "label": 2}])
+    data = load(path, tokenizer, num_labels=4)
+    assert data.label_names == ("0", "1", "2", "3")
+    assert data.train.labels.tolist() == [0, 2]
+
+
+def test_label_names_give_the_order_and_take_numbers_too(tmp_path, tokenizer):
+    names = ["good", "bad"]
+    data = load(jsonl(tmp_path, movies(4)), tokenizer, label_names=names)
+    assert data.train.labels.tolist() == [1, 0, 1, 0]
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    data = load(jsonl(tmp_path, rows), tokenizer, label_names=names)
+    assert data.train.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            movies(4),
+            {"num_labels": 1},
+            "row 1: the label in column 'label' must be a finite number",
+        ),
+        (movies(4), {"num_labels": 3}, "holds 2 classes: 'bad', 'good'. Pass num_labels=2, or lab"),
+        ([*movies(2), {"text": "c", "label": "ok"}], {"num_labels": 2}, "holds 3 classes"),
+        (movies(1), {}, "holds one class only"),
+        (movies(2), {"num_labels": 3, "label_names": ["bad", "good"]}, "there are 2 classes"),
+        (movies(2), {"regression": True, "num_labels": 2}, "regression=True has one output"),
+        (movies(2), {"num_labels": 0}, "num_labels must be at least 1"),
+        (movies(2), {"label_names": ["a", "a"]}, "names a class twice"),
+        ([{"text": "a", "label": 0.5}], {"num_labels": 2}, "holds floats"),
+    ],
+)
+def test_labels_that_contradict_the_arguments(tmp_path, tokenizer, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(jsonl(tmp_path, rows), tokenizer, **options)
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, "", "NaN"])
+@pytest.mark.parametrize("regression", [True, False])
+def test_missing_label_names_file_and_row(tmp_path, tokenizer, missing, regression):
+    rows = [{"text": "a", "label": i} for i in (0, 1)] + [{"text": "c", "label": missing}]
+    path = jsonl(tmp_path, rows)
+    with pytest.raises(ValueError, match="row 3: no label in column 'label'") as caught:
+        load(path, tokenizer, regression=regression)
+    assert str(path) in str(caught.value)
+
+
+def test_infinite_label(tmp_path, tokenizer):
+    path = jsonl(tmp_path, [{"text": "a", "label": 0.5}, {"text": "b", "label": math.inf}])
+    with pytest.raises(ValueError, match=r"row 2: .*finite number for regression, got inf"):
+        load(path, tokenizer)
+
+
+def test_unknown_label_in_validation(tmp_path, tokenizer):
+    train = jsonl(tmp_path, movies(4))
+    other = jsonl(tmp_path, [*movies(2), {"text": "c", "label": "goood"}], "dev.jsonl")
+    with pytest.raises(ValueError, match=r"unknown label 'goood'.*Did you mean 'good'") as caught:
+        load_task(train, validation_path=other, tokenizer=tokenizer)
+    assert f"{other}, row 3" in str(caught.value)
+    assert f"Known from {train}: 'bad', 'good'" in str(caught.value)
+    with pytest.raises(ValueError, match=r"row 1: unknown label 'bad'.*Known from label_names"):
+        load(train, tokenizer, label_names=["worst", "good"])
+
+
+# Texts
+
+
+@pytest.mark.parametrize("text", ["", "  \t", None, 7])
+@pytest.mark.parametrize("column", ["text", "other"])
+def test_texts_that_are_none_name_file_row_and_column(tmp_path, tokenizer, text, column):
+    rows = movies(3, other="dog")
+    rows[1][column] = text
+    path = jsonl(tmp_path, rows)
+    with pytest.raises(ValueError, match=f"row 2: column '{column}' holds") as caught:
+        load(path, tokenizer, pair_column="other")
+    assert str(path) in str(caught.value)
+
+
+def test_over_long_texts_are_cut_counted_and_told_once(tmp_path, tokenizer):
+    lengths = [1, 5, 6, 7, 40]
+    rows = [{"text": "cat " * n, "label": n % 2} for n in lengths]
+    path = jsonl(tmp_path, rows)
+    with pytest.warns(UserWarning, match="were cut") as caught:
+        data = load(path, tokenizer, max_length=8)
+    assert len(caught) == 1
+    # 6 cats and two special tokens fit; each file is read as training and as validation data
+    for said in ("4 of 10 examples", "train: 2, validation: 2", "max_length=8", "longest has 42"):
+        assert said in str(caught[0].message)
+    assert "up to 128" in str(caught[0].message)
+    assert data.train.lengths.tolist() == [3, 7, 8, 8, 8]
+    cut = data.train[4]["input_ids"]
+    assert cut == tokenizer("cat " * 6)["input_ids"]
+    assert data.notes == (str(caught[0].message),)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "pair", "message"),
+    [
+        (2, None, "leaves no room for text: this tokenizer adds 2"),
+        (4, "other", "leaves no room for text: this tokenizer adds 3"),
+        (129, None, "more than this tokenizer's model_max_length=128"),
+    ],
+)
+def test_impossible_max_length(tmp_path, tokenizer, max_length, pair, message):
+    path = jsonl(tmp_path, movies(other="dog"))
+    with pytest.raises(ValueError, match=message):
+        load(path, tokenizer, max_length=max_length, pair_column=pair)
+
+
+# Columns and names
+
+
+@pytest.mark.parametrize("argument", ["text_column", "pair_column", "label_column"])
+def test_missing_column_names_argument_file_and_nearest(tmp_path, tokenizer, argument):
+    path = jsonl(tmp_path, movies(sentance="dog"))
+    with pytest.raises(ValueError, match=f"{argument}='sentence'") as caught:
+        load(path, tokenizer, **{argument: "sentence"})
+    for said in (str(path), "Did you mean 'sentance'?", "'text', 'label', 'sentance'"):
+        assert said in str(caught.value)
+
+
+def test_column_missing_in_validation_only(tmp_path, tokenizer):
+    other = jsonl(tmp_path, [{"txt": "a", "label": "bad"}], "dev.jsonl")
+    with pytest.raises(ValueError, match=r"dev.jsonl has no such column. Did you mean 'txt'"):
+        load_task(jsonl(tmp_path, movies()), validation_path=other, tokenizer=tokenizer)
+
+
+def test_no_usual_column(tmp_path, tokenizer):
+    path = jsonl(tmp_path, [{"comment": "a", "label": 1}])
+    with pytest.raises(ValueError, match=r"pass text_column= .* 'comment', 'label'"):
+        load(path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("pydocs-topics", ValueError, "unknown task.*Did you mean 'pydocs-topic'"),
+        ("sst-3", ValueError, "unknown task.*Did you mean 'sst2'"),
+        ("pydocs-retrieval", ValueError, "load_retrieval"),
+        ("none.csv", FileNotFoundError, "no such file or directory: none.csv"),
+        ("some/where", FileNotFoundError, "no such file or directory: some/where"),
+    ],
+)
+def test_unknown_task(tokenizer, name, error, message):
+    with pytest.raises(error, match=message):
+        load_task(name, tokenizer=tokenizer)
+
+
+def test_directory_without_training_file(tmp_path, tokenizer):
+    jsonl(tmp_path, movies(), "dev.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"no training file .* train or training"):
+        load_task(tmp_path, tokenizer=tokenizer)
+
+
+def test_local_arguments_do_not_go_with_built_in_tasks(tokenizer):
+    with pytest.raises(ValueError, match=r"text_column, regression: only for local files.*\./rte"):
+        load_task("rte", tokenizer=tokenizer, text_column="a", regression=True)
+
+
+# Held-out rows
+
+
+def split_texts(tokenizer, path, **options):
+    with pytest.warns(UserWarning, match="comes without validation data") as caught:
+        data = load_task(path, tokenizer=tokenizer, **options)
+    texts = [
+        [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in part]
+        for part in (data.train, data.validation)
+    ]
+    assert data.notes == (str(caught[0].message),)
+    return data, *texts
+
+
+def test_held_out_rows_are_a_function_of_text_and_seed(tmp_path, tokenizer):
+    rows = movies(200)
+    data, train, held = split_texts(tokenizer, jsonl(tmp_path, rows))
+    assert (len(train), len(held)) == (180, 20)
+    assert sorted(train + held) == sorted(row["text"] for row in rows)
+    assert [row["index"] for row in data.train] == list(range(180))
+    shuffled = jsonl(tmp_path, rows[::-1], "turned.jsonl")
+    assert set(split_texts(tokenizer, shuffled)[2]) == set(held)
+    assert set(split_texts(tokenizer, shuffled, seed=1)[2]) != set(held)
+    assert len(split_texts(tokenizer, shuffled, validation_fraction=0.5)[2]) == 100
+
+
+def test_held_out_texts_are_never_trained_on(tmp_path, tokenizer):
+    rows = [{"text": f"film {i % 20}", "label": i % 2} for i in range(200)]
+    _, train, held = split_texts(tokenizer, jsonl(tmp_path, rows))
+    assert held
+    assert not set(train) & set(held)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])
+def test_impossible_fraction(tmp_path, tokenizer, fraction):
+    with pytest.raises(ValueError, match="validation_fraction must lie between 0 and 1"):
+        load_task(jsonl(tmp_path, movies()), tokenizer=tokenizer, validation_fraction=fraction)
+
+
+def test_one_text_cannot_be_held_out(tmp_path, tokenizer):
+    rows = [{"text": "film", "label": i % 2} for i in range(9)]
+    with pytest.raises(ValueError, match="too few different ones to hold out"):
+        load_task(jsonl(tmp_path, rows), tokenizer=tokenizer)
+
+
+# GLUE
+
+GLUE_FILES = {
+    "CoLA": "gj04\t{label}\t\t{a}\n",
+    "SST-2": "sentence\tlabel\n{a}\t{label}\n",
+    "MRPC": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n{label}\t1\t2\t{a}\t{b}\n",
+    "QQP": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\t{a}\t{b}\t{label}\nx\ty\n",
+    "STS-B": "index\tgenre\tsentence1\tsentence2\tscore\n0\tg\t{a}\t{b}\t{label}\n",
+    "MNLI": "index\tsentence1_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
+    "0\tp\t{a}\t{b}\tneutral\t{label}\n",
+    "QNLI": "index\tquestion\tsentence\tlabel\n0\t{a}\t{b}\t{label}\n",
+    "RTE": "index\tsentence1\tsentence2\tlabel\n0\t{a}\t{b}\t{label}\n",
+    "WNLI": "index\tsentence1\tsentence2\tlabel\n0\t{a}\t{b}\t{label}\n",
+}
+# label as GLUE writes it, and the class number on the hub
+GLUE_LABELS = {
+    "STS-B": ("2.500", 2.5),
+    "MNLI": ("contradiction", 2),
+    "QNLI": ("not_entailment", 1),
+    "RTE": ("entailment", 0),
+    "WNLI": ("entailment", 1),
+}
+
+
+@pytest.mark.parametrize("folder", GLUE_FILES)
+def test_glue_in_its_own_files(tmp_path, tokenizer, folder):
+    written, label = GLUE_LABELS.get(folder, ("1", 1))
+    text = GLUE_FILES[folder].format(a='a "cat', b="the dog", label=written)
+    (tmp_path / folder).mkdir()
+    names = ["train", "dev_matched", "dev_mismatched"] if folder == "MNLI" else ["train", "dev"]
+    for name in names:
+        (tmp_path / folder / f"{name}.tsv").write_text(text)
+    data = load_task(folder, tokenizer=tokenizer, glue_dir=tmp_path)
+    texts = ['a "cat'] if folder in ("CoLA", "SST-2") else ['a "cat', "the dog"]
+    for part in (data.train, data.validation, *data.extra_validation.values()):
+        assert part[0]["input_ids"] == tokenizer(*texts)["input_ids"]
+        assert part[0]["labels"] == label
+        assert len(part) == 1
+    assert set(data.extra_validation) == ({"mismatched"} if folder == "MNLI" else set())
+    assert data.regression == (folder == "STS-B")
+    assert data.name in GLUE_TASKS
+
+
+def test_glue_metrics_follow_its_conventions():
+    metrics = {name: set(task.metrics) for name, task in GLUE_TASKS.items()}
+    for name in ("mrpc", "qqp"):
+        assert metrics.pop(name) == {"accuracy", "f1"}
+    assert metrics.pop("stsb") == {"pearson", "spearman"}
+    assert metrics.pop("cola") == {"mcc", "accuracy"}
+    assert len(metrics) == 5
+    assert all(names == {"accuracy"} for names in metrics.values())
+
+
+def test_glue_as_parquet_shards_with_hub_names(tmp_path, tokenizer):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "sst2").mkdir()
+    for name, rows in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("validation", 1)):
+        table = pa.table({"sentence": ["film"] * rows, "label": [1] * rows, "idx": [0] * rows})
+        parquet.write_table(table, tmp_path / "sst2" / f"{name}.parquet")
+    data = load_task("sst2", tokenizer=tokenizer, glue_dir=tmp_path)
+    assert (len(data.train), len(data.validation)) == (5, 1)
+    assert data.label_names == ("negative", "positive")
+
+
+def test_glue_keeps_empty_questions(tmp_path, tokenizer):
+    (tmp_path / "QQP").mkdir()
+    for name in ("train", "dev"):
+        text = GLUE_FILES["QQP"].format(a="cat", b="", label="0")
+        (tmp_path / "QQP" / f"{name}.tsv").write_text(text)
+    data = load_task("qqp", tokenizer=tokenizer, glue_dir=tmp_path)
+    cls, cat, sep = tokenizer("cat")["input_ids"]
+    assert data.train[0]["input_ids"] == [cls, cat, sep, sep]
+
+
+def test_glue_from_the_hub(tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path, config):
+        asked.append((path, config))
+        part = {"premise": ["a cat"], "hypothesis": ["a dog"], "label": [2], "idx": [0]}
+        splits = ("train", "validation_matched", "validation_mismatched", "test_matched")
+        return datasets.DatasetDict({name: datasets.Dataset.from_dict(part) for name in splits})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_task("MNLI", tokenizer=tokenizer)
+    assert asked == [("nyu-mll/glue", "mnli")]
+    assert data.train[0]["input_ids"] == tokenizer("a cat", "a dog")["input_ids"]
+    assert data.train[0]["labels"] == 2
+    assert len(data.extra_validation["mismatched"]) == 1
+    assert data.test is None
+    with pytest.raises(ValueError, match="num_labels=2, but there are 3 classes"):
+        load_task("MNLI", tokenizer=tokenizer, num_labels=2)
+
+    def fails(path, config):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(RuntimeError, match=r"cannot load nyu-mll/glue/rte .*no network.*glue_dir="):
+        load_task("rte", tokenizer=tokenizer)
+
+
+def test_hub_without_datasets(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
+        load_task("rte", tokenizer=tokenizer)
+
+
+def test_glue_folder_or_file_missing(tmp_path, tokenizer):
+    with pytest.raises(FileNotFoundError, match="looked for SST-2, sst2, SST2"):
+        load_task("sst2", tokenizer=tokenizer, glue_dir=tmp_path)
+    (tmp_path / "SST-2").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no train file in .*SST-2"):
+        load_task("sst2", tokenizer=tokenizer, glue_dir=tmp_path)

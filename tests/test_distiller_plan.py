@@ -1,0 +1,95 @@
+"""The plan of a distillation, and the example that hands a Distiller to the Trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_batch, tiny_model
+
+from bertkd import encoders
+from bertkd.distiller import Distiller
+
+
+def models(**student):
+    teacher = tiny_model("bert", layers=4)
+    return teacher, tiny_model("bert", **{"layers": 2, "seed": 1, **student})
+
+
+def test_plan_counts_parameters_and_bytes():
+    teacher, student = models(hidden=16)
+    distiller = Distiller(teacher, student, "att_kl + 0.5*hid_seq + qkv_kl")
+    plan = distiller.plan(batch_size=2, length=10)
+    assert plan.teacher_parameters == sum(p.numel() for p in teacher.parameters())
+    assert plan.student_parameters == sum(p.numel() for p in student.parameters())
+    assert plan.objective_parameters == 2 * (16 * 32 + 32)
+    assert [t.weight for t in plan.terms] == [1.0, 0.5, 1.0]
+    assert [t.layer_map for t in plan.terms] == ["0:1,1:3", "1:2,2:4", "1:3"]
+    one_map = 4 * 2 * 4 * 10 * 10  # float32, batch, heads, length squared
+    att_kl, hid_seq, _ = plan.terms
+    assert att_kl.naive_bytes == (4 + 2) * one_map + 2 * 2 * one_map
+    # Pairs, then float32 q and k of (2, 10) tokens: the teacher's, and the student's gradients.
+    assert att_kl.fused_bytes == 2 * 4 * 2 * (2 * 10) * (32 + 16)
+    assert hid_seq.naive_bytes == 2 * 10 * 32 * (5 + 2) * 4
+    assert hid_seq.fused_bytes == 2 * 2 * 10 * (32 + 16) * 4
+    table = str(plan).splitlines()
+    assert table[0] == "objective  att_kl + 0.5*hid_seq + qkv_kl"
+    assert any(line.split()[:3] == ["hid_seq", "0.5", "1:2,2:4"] for line in table)
+    assert max(map(len, table)) <= 110
+
+
+def test_fused_bytes_grow_with_length_and_naive_ones_with_its_square():
+    teacher, student = models()
+    distiller = Distiller(teacher, student, "att_kl + val_kl + qkv_kl + att_pearson")
+    short, long = (distiller.plan(8, length).terms for length in (60, 120))
+    for a, b in zip(short, long, strict=True):
+        assert b.naive_bytes == 4 * a.naive_bytes
+        assert b.fused_bytes == 2 * a.fused_bytes
+        assert b.fused_bytes < b.naive_bytes
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (2, 0), (2, 2.5), (2, 131)])
+def test_plan_refuses_sizes_that_cannot_be(sizes):
+    with pytest.raises(ValueError, match=r"batch_size|length"):
+        Distiller(*models(), "att_kl").plan(*sizes)
+
+
+def test_the_trainer_example_keeps_columns_and_saves_the_student_alone(tmp_path):
+    from transformers import AutoModel, TrainingArguments
+
+    path = Path(__file__).parent.parent / "examples" / "hf_trainer.py"
+    spec = importlib.util.spec_from_file_location("hf_trainer", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    teacher, student = models()
+    batch = tiny_batch(teacher, batch=4, padding=None)
+    rows = [
+        {**{k: v[i] for k, v in batch.items()}, "index": torch.tensor(i), "title": "x"}
+        for i in range(4)
+    ]
+    trainer = example.DistillTrainer(
+        Distiller(teacher, student, "hid_seq + hid_cls_contrast", num_examples=4),
+        TrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            report_to="none",
+            logging_steps=1,
+            save_steps=2,
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    trainer.train()
+    assert {"term/hid_seq", "term/hid_cls_contrast"} <= set(trainer.state.log_history[0])
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.save_model(str(tmp_path / "student"))
+    for directory in ("student", "checkpoint-2"):
+        loaded = AutoModel.from_pretrained(tmp_path / directory)
+        assert encoders.describe(loaded).num_blocks == 2
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, student.state_dict()[name])

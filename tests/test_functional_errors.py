@@ -1,0 +1,112 @@
+"""Wrong input to the losses: each error names the argument, what it got and what to do."""
+
+import pytest
+import torch
+
+from bertkd import functional, modules
+
+Q = torch.randn(2, 4, 6, 8)
+H = torch.randn(2, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: functional.attention_kl(Q, Q, Q, Q[0]), "b_t must have 4 dimensions"),
+        (
+            lambda: functional.attention_kl(Q, Q.long(), Q, Q),
+            "b_s must be floating point, got torch.int64",
+        ),
+        (lambda: functional.attention_kl(Q, [1.0], Q, Q), "b_s must be a tensor, got list"),
+        (lambda: functional.attention_kl(Q, Q[..., :4], Q, Q), "student must have one shape"),
+        (
+            lambda: functional.attention_kl(Q, Q, Q[:, :2], Q[:, :2]),
+            "4 heads and the teacher 2. Pass relation_heads",
+        ),
+        (
+            lambda: functional.attention_kl(Q, Q, Q[:, :, :3], Q[:, :, :3]),
+            "same batch from the same tokenizer",
+        ),
+        (
+            lambda: functional.attention_kl(Q, Q, Q, Q, torch.ones(2, 1, 1, 6)),
+            r"mask must have shape \(2, 6\)",
+        ),
+        (
+            lambda: functional.attention_kl(Q, Q, Q, Q, row_weight=torch.ones(6)),
+            "row_weight must have shape",
+        ),
+        (
+            lambda: functional.attention_kl(Q, Q, Q, Q, relation_heads=5),
+            "relation_heads=5 does not divide",
+        ),
+        (lambda: functional.attention_kl(Q, Q, Q, Q, reduction="avg"), "reduction must be one of"),
+        (
+            lambda: functional.attention_kl(Q, Q, Q, Q, temperature=0),
+            "temperature must be positive",
+        ),
+        (
+            lambda: functional.attention_mse(Q, Q, Q, Q.to("meta")),
+            "k_t on meta. Move them to one device",
+        ),
+        (lambda: functional.hidden_mse(H, H[..., :4]), r"Pass weight of shape \(4, 8\)"),
+        (
+            lambda: functional.hidden_mse(H, H, weight=torch.ones(4, 8)),
+            r"weight must have shape \(d_t, d_s\)",
+        ),
+        (lambda: functional.hidden_mse(H, H, bias=torch.ones(8)), "bias needs weight"),
+        (lambda: functional.hidden_mse([H, H], [H]), "2 student states but 1 teacher states"),
+        (
+            lambda: functional.hidden_mse([H, H], [H, H], reduction="none"),
+            "take one state per call",
+        ),
+        (lambda: functional.hidden_mse(H, H[:, :4]), "feed both networks the same batch"),
+        (lambda: functional.hidden_cosine(H, H[..., :4]), "Project one of them first"),
+        (lambda: functional.hidden_combine_mse([], [H], H[0]), "h_s is empty"),
+        (
+            lambda: functional.hidden_combine_mse([H], [H], torch.ones(3, 3)),
+            r"weight must have shape \(8, 8\)",
+        ),
+        (lambda: functional.softmax_kl(H, H[..., :4]), "same labels"),
+        (lambda: functional.softmax_kl(H, H, torch.ones(2)), "mask must have shape"),
+        (
+            lambda: functional.linear_kl(H, torch.ones(5, 4), H, torch.ones(5, 8)),
+            "w_s .* does not take h_s of width 8",
+        ),
+        (lambda: functional.linear_kl(H, torch.ones(5, 8), H, torch.ones(6, 8)), "one vocabulary"),
+        (lambda: modules.HiddenMSE(4, 8, project=False), "needs equal widths"),
+        (lambda: modules.HiddenMSE(4, 8, project="yes"), "project must be True, False or 'auto'"),
+    ],
+)
+def test_message(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+def test_dtensor_is_refused():
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
+
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(torch.randn(8, 8), mesh)
+        assert isinstance(sharded, DTensor)
+        with pytest.raises(TypeError, match=r"weight is a DTensor.*full_tensor"):
+            functional.hidden_mse(H, H, weight=sharded)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_modules_own_what_they_need_and_keep_their_options():
+    module = modules.HiddenMSE(8, 4, reduction="sum")
+    assert [tuple(p.shape) for p in module.parameters()] == [(4, 8)]
+    teacher = torch.randn(2, 6, 4)
+    expected = functional.hidden_mse(H, teacher, weight=module.projection.weight, reduction="sum")
+    torch.testing.assert_close(module(H, teacher), expected)
+    assert modules.HiddenMSE(8, 8).projection is None
+    kl = modules.AttentionKL(temperature=2.0, impl="eager")
+    torch.testing.assert_close(
+        kl(Q, Q, Q * 2, Q), functional.attention_kl(Q, Q, Q * 2, Q, temperature=2.0)
+    )
+    assert "temperature=2.0" in repr(kl)

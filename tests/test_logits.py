@@ -1,0 +1,154 @@
+"""softmax_kl, logit_kl, linear_kl: eager against torch's kl_div, chunked against eager."""
+
+import pytest
+import torch
+from attention_cases import value_and_grads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import relative
+from torch.nn.functional import kl_div, log_softmax, softmax
+
+from bertkd import functional
+from bertkd.ops.chunked import tiles
+
+
+def normal(*shape, seed, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype) * 2
+
+
+@pytest.mark.parametrize("impl", ["eager", "chunked"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_equals_torch_kl_div(impl, temperature):
+    z_s, z_t = normal(2, 5, 11, seed=0), normal(2, 5, 11, seed=1)
+    log_p, p = log_softmax(z_s / temperature, -1), softmax(z_t / temperature, -1)
+    expected = kl_div(log_p.view(10, -1), p.view(10, -1), reduction="batchmean")
+    loss = functional.softmax_kl(z_s, z_t, temperature=temperature, impl=impl)
+    torch.testing.assert_close(loss, expected)
+    loss = functional.logit_kl(z_s, z_t, temperature=temperature, impl=impl)
+    torch.testing.assert_close(loss, expected * temperature**2)
+    mask = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 0, 0, 1]])
+    kept = mask.bool()
+    expected = kl_div(log_p[kept], p[kept], reduction="batchmean")
+    loss = functional.softmax_kl(z_s, z_t, mask, temperature=temperature, impl=impl)
+    torch.testing.assert_close(loss, expected)
+
+
+CASES = st.fixed_dictionaries(
+    {
+        "rows": st.sampled_from([1, 3, 20]),
+        "classes": st.sampled_from([1, 2, 33]),
+        "masked": st.booleans(),
+        "weighted": st.booleans(),
+        "bias": st.booleans(),
+        "reduction": st.sampled_from(["mean", "sum", "none"]),
+        "temperature": st.sampled_from([1.0, 2.0]),
+        "budget": st.sampled_from([3, 100, 1 << 19]),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+def check(loss, case, student, teacher):
+    mask = torch.rand(case["rows"], generator=torch.Generator().manual_seed(case["seed"])) > 0.4
+    options = {
+        "mask": mask if case["masked"] else None,
+        "row_weight": normal(case["rows"], seed=7).abs() if case["weighted"] else None,
+        "reduction": case["reduction"],
+        "temperature": case["temperature"],
+    }
+
+    def run(dtype, impl):
+        moved = [x.to(dtype) for x in teacher]
+        return value_and_grads(loss, [x.to(dtype) for x in student], *moved, impl=impl, **options)
+
+    expected = run(torch.float64, "eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "CPU_BUDGET", case["budget"])
+        actual = run(torch.float32, "chunked")
+    for got, want in zip(actual, expected, strict=True):
+        assert (got.double() - want).norm() <= 1e-5 * want.norm() + 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(CASES)
+def test_softmax_kl_equals_reference(case):
+    shape = (case["rows"], case["classes"])
+    check(
+        functional.softmax_kl, case, [normal(*shape, seed=case["seed"])], [normal(*shape, seed=1)]
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(CASES)
+def test_linear_kl_equals_reference(case):
+    rows, classes = case["rows"], case["classes"]
+    student = [normal(rows, 4, seed=case["seed"]), normal(classes, 4, seed=1)]
+    teacher = [normal(rows, 6, seed=2), normal(classes, 6, seed=3)]
+    if case["bias"]:
+        student.append(normal(classes, seed=4))
+        teacher.append(normal(classes, seed=5))
+
+    def loss(h_s, w_s, *rest, **options):
+        biases = {"bias_s": rest[0], "bias_t": rest[3]} if case["bias"] else {}
+        h_t, w_t = rest[1:3] if case["bias"] else rest
+        return functional.linear_kl(h_s, w_s, h_t, w_t, **biases, **options)
+
+    check(loss, case, student, teacher)
+
+
+def test_linear_kl_projects_only_rows_that_count():
+    """Rows that do not count may hold anything, since nothing is computed from them."""
+    h_s, w_s, h_t, w_t = (
+        normal(*s, seed=i) for i, s in enumerate([(6, 4), (9, 4), (6, 5), (9, 5)])
+    )
+    mask = torch.tensor([1, 0, 1, 0, 0, 1])
+    spoiled = h_s.clone()
+    spoiled[mask == 0] = float("nan")
+    results = [
+        value_and_grads(functional.linear_kl, [h, w_s], h_t, w_t, mask) for h in (h_s, spoiled)
+    ]
+    for clean, dirty in zip(*results, strict=True):
+        torch.testing.assert_close(clean, dirty)
+
+
+def test_gradcheck_in_float64():
+    z_s, z_t = normal(4, 5, seed=0).double(), normal(4, 5, seed=1).double()
+    assert torch.autograd.gradcheck(
+        lambda z: functional.softmax_kl(z, z_t, temperature=2.0, reduction="none", impl="chunked"),
+        [z_s.requires_grad_()],
+    )
+    h_t, w_t = normal(4, 3, seed=2).double(), normal(7, 3, seed=3).double()
+    leaves = [
+        normal(*s, seed=4 + i).double().requires_grad_()
+        for i, s in enumerate([(4, 2), (7, 2), (7,)])
+    ]
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: functional.linear_kl(h, w, h_t, w_t, bias_s=b, impl="chunked"), leaves
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_errs_no_more_than_eager(dtype, poisoned):
+    z_s, z_t = normal(6, 50, seed=0, dtype=dtype), normal(6, 50, seed=1)
+    exact = value_and_grads(functional.softmax_kl, [z_s.double()], z_t.double(), impl="eager")
+    eager = value_and_grads(functional.softmax_kl, [z_s], z_t, impl="eager")
+    actual = value_and_grads(functional.softmax_kl, [z_s], z_t, impl="chunked")
+    assert actual[1].dtype == dtype
+    for got, same, want in zip(actual, eager, exact, strict=True):
+        assert relative(got, want) <= 2 * relative(same, want) + 1e-6
+
+
+def test_huge_logits_and_equal_logits():
+    z_s, z_t = normal(4, 9, seed=0) * 1e4, normal(4, 9, seed=1) * 1e4
+    results = value_and_grads(functional.softmax_kl, [z_s], z_t)
+    assert all(torch.isfinite(x).all() for x in results)
+    assert all((x == 0).all() for x in value_and_grads(functional.softmax_kl, [z_s], z_s))
+
+
+def test_nothing_counts_gives_zero():
+    z_s, z_t = normal(3, 4, seed=0), normal(3, 4, seed=1)
+    none = torch.zeros(3)
+    assert all((x == 0).all() for x in value_and_grads(functional.softmax_kl, [z_s], z_t, none))
+    args = (normal(4, 2, seed=3), normal(3, 2, seed=2), normal(4, 2, seed=3))
+    results = value_and_grads(functional.linear_kl, [z_s[:, :2], args[0]], args[1], args[2], none)
+    assert all((x == 0).all() for x in results)

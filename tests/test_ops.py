@@ -1,0 +1,142 @@
+"""The registered ops: schemas and fakes agree with what runs, and the losses survive torch.compile."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import qkv, ragged_mask
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+import bertkd
+from bertkd import functional
+from bertkd.ops.schema import OPS
+
+
+def inputs(op):
+    """Arguments of an op, without ``impl``; half-precision student so that dtypes are told apart."""
+    student, teacher = qkv(2, 3, 10, 4, seed=0, dtype=torch.float16), qkv(2, 3, 10, 4, seed=1)
+    mask, heads_weight = ragged_mask(2, 10, seed=2).bool(), torch.rand(2, 3, 10)
+    rows, d_s, d_t = torch.rand(8), torch.randn(8, 4), torch.randn(8, 6)
+    weight, bias = torch.randn(6, 4), torch.randn(6)
+    attention = (*student, *teacher, mask, 0.5, 0.5)
+    linear = (d_s, torch.randn(9, 4), torch.randn(9), d_t, torch.randn(9, 6), None, 2.0)
+    return {
+        "relation_kl_rows": attention,
+        "relation_kl_fwd_bwd": (heads_weight, *attention),
+        "attention_mse_rows": attention,
+        "attention_mse_fwd_bwd": (heads_weight, *attention),
+        "hidden_mse_fwd_bwd": (rows, [d_s, d_s.half()], [d_s, d_s]),
+        "hidden_proj_mse_fwd_bwd": (rows, d_s, weight, bias, d_t),
+        "hidden_combine_mse_fwd_bwd": (rows, [d_s], torch.randn(4, 12), None, [d_t, d_t]),
+        "hidden_cosine_fwd_bwd": (rows, d_s.half(), d_s),
+        "softmax_kl_rows": (d_s.half(), d_s, 2.0),
+        "softmax_kl_fwd_bwd": (rows, d_s.half(), d_s, 2.0),
+        "linear_kl_rows": linear,
+        "linear_kl_fwd_bwd": (rows, *linear),
+    }[op]
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_opcheck(op):
+    torch.library.opcheck(OPS[op], (*inputs(op), "chunked"))
+
+
+def losses():
+    """Closures over fixed teachers: (loss of the student's tensors, the student's tensors)."""
+    student, teacher = qkv(2, 3, 20, 4, seed=0), qkv(2, 3, 20, 4, seed=1)
+    mask = ragged_mask(2, 20, seed=2)
+    h_s, h_t, weight = torch.randn(2, 20, 4), torch.randn(2, 20, 6), torch.randn(6, 4)
+    return {
+        "attention_kl": (lambda q, k: functional.attention_kl(q, k, *teacher, mask), student),
+        "attention_mse": (lambda q, k: functional.attention_mse(q, k, *teacher, mask), student),
+        "rows": (
+            lambda q, k: (
+                functional.attention_kl(q, k, *teacher, mask, reduction="none").square().sum()
+            ),
+            student,
+        ),
+        "hidden_mse": (lambda h, w: functional.hidden_mse(h, h_t, mask, weight=w), [h_s, weight]),
+        "hidden_states": (
+            lambda a, b: functional.hidden_mse([a, b], [h_s, h_s], mask),
+            [h_s * 2, h_s * 3],
+        ),
+        "hidden_cosine": (lambda h: functional.hidden_cosine(h, torch.ones(2, 20, 4)), [h_s]),
+        "softmax_kl": (lambda z: functional.softmax_kl(z, h_s, mask, temperature=2.0), [h_s * 2]),
+        "linear_kl": (
+            lambda h, w: functional.linear_kl(h, w, h_t, torch.ones(6, 6).tril(), mask),
+            [h_s, weight],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(losses()))
+def test_compiles_without_graph_breaks(name):
+    loss, leaves = losses()[name]
+    compiler_calls = []
+
+    def compiler(graph, _):
+        compiler_calls.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+    results = []
+    for function in (loss, compiled):
+        moved = [x.detach().clone().requires_grad_() for x in leaves]
+        value = function(*moved)
+        results.append([value.detach(), *torch.autograd.grad(value, moved)])
+    assert compiler_calls, "the compiled function never reached the compiler"
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+def test_autocast_does_not_lower_the_precision():
+    student, teacher = qkv(1, 2, 16, 4, seed=0), qkv(1, 2, 16, 4, seed=1)
+    plain = functional.attention_kl(*student, *teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for impl in ("chunked", "eager"):
+            loss = functional.attention_kl(*student, *teacher, impl=impl)
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, plain)
+
+
+def test_deterministic_bit_by_bit():
+    student, teacher = qkv(4, 3, 70, 8, seed=0), qkv(4, 3, 70, 8, seed=1)
+
+    def run():
+        q, k = (x.detach().requires_grad_() for x in student)
+        loss = functional.attention_kl(q, k, *teacher, ragged_mask(4, 70, seed=3))
+        return [loss.detach(), *torch.autograd.grad(loss, [q, k])]
+
+    first = run()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_import_pulls_in_neither_triton_nor_transformers():
+    code = (
+        "import sys, bertkd, bertkd.functional, bertkd.modules;"
+        "print([m for m in ('triton', 'transformers', 'datasets', 'accelerate') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_explain_says_what_runs_and_why(monkeypatch):
+    x = torch.randn(1)
+    assert "chunked (the portable default on cpu)" in bertkd.explain("attention_kl", x)
+    assert "eager (asked for by impl='eager')" in bertkd.explain("attention_kl", impl="eager")
+    monkeypatch.setenv("BERTKD_IMPL", "eager")
+    assert "eager (asked for by BERTKD_IMPL=eager)" in bertkd.explain("attention_kl", x)
+
+
+def test_impl_that_cannot_run_is_refused():
+    x = torch.randn(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"unknown impl 'chunky'. Did you mean 'chunked'"):
+        functional.attention_kl(x, x, x, x, impl="chunky")
+    for impl in ("native", "triton", "cuda"):
+        with pytest.raises(ValueError, match=f"impl='{impl}' cannot run relation_kl"):
+            functional.attention_kl(x, x, x, x, impl=impl)

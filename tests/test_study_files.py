@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from bertkd.study.files import check_output_dir, claim_output_dir, write_json, write_through
+
+
+def test_a_new_and_an_empty_directory_are_taken(tmp_path):
+    claim_output_dir(tmp_path / "a" / "b", "distill")
+    assert (
+        json.loads((tmp_path / "a" / "b" / "bertkd_run.json").read_text())["command"] == "distill"
+    )
+    (tmp_path / "empty").mkdir()
+    claim_output_dir(tmp_path / "empty", "demo")
+
+
+def test_foreign_directories_are_never_taken(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for reuse in (False, True):
+        with pytest.raises(ValueError, match="not made by bertkd"):
+            claim_output_dir(tmp_path, "distill", reuse=reuse)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match="is a file"):
+        claim_output_dir(tmp_path / "thesis.tex", "distill")
+
+
+def test_an_earlier_run_is_taken_only_when_asked_and_by_its_own_command(tmp_path):
+    claim_output_dir(tmp_path, "distill")
+    with pytest.raises(ValueError, match="--resume"):
+        check_output_dir(tmp_path, "distill")
+    with pytest.raises(ValueError, match="bertkd distill"):
+        check_output_dir(tmp_path, "finetune", reuse=True)
+    claim_output_dir(tmp_path, "distill", reuse=True)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = write_json(tmp_path / "results.json", {"mrr": 0.5})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"mrr": float("nan")})
+
+    def half(temporary):
+        temporary.write_text("{")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        write_through(path, half)
+    assert json.loads(path.read_text()) == {"mrr": 0.5}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]

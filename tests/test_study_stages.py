@@ -1,0 +1,70 @@
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_task import save_tiny_model
+from torch import nn
+
+from bertkd.study.costs import measure_costs, measure_loss_memory
+from bertkd.study.models import load_model, load_tokenizer, saved_head
+from bertkd.study.stages import loss_curves, score_curves, ticking
+
+
+def test_ticking_counts_batches_and_lets_go():
+    module, seen = nn.Linear(2, 2), []
+    with ticking(module, 4, lambda fraction, note: seen.append((fraction, note)), start=1):
+        for _ in range(2):
+            module(torch.zeros(1, 2))
+    module(torch.zeros(1, 2))
+    assert seen == [(0.5, "step 2 of 4"), (0.75, "step 3 of 4")]
+
+
+def test_curves_from_a_history():
+    history = [
+        {
+            "step": 5,
+            "epoch": 0.1,
+            "lr": 1e-3,
+            "kd": 2.0,
+            "loss": 2.0,
+            "grad_norm": 1.0,
+            "seconds": 3,
+        },
+        {"step": 10, "epoch": 0.2, "eval_mrr": 0.4},
+        {"step": 10, "epoch": 0.2, "lr": 1e-3, "kd": None, "loss": None, "grad_norm": None},
+        {"step": 15, "epoch": 0.3, "lr": 1e-3, "kd": 1.0, "loss": 1.0, "grad_norm": 1.0},
+    ]
+    assert loss_curves(history) == {"kd": ([5, 15], [2.0, 1.0])}
+    assert score_curves(history) == {"mrr": ([10], [0.4])}
+
+
+def test_fused_loss_needs_less_memory_at_length_512():
+    found = measure_loss_memory(1, 12, 512, 64)
+    # Eager builds several maps of 12 * 512 * 512 floats.
+    assert found.eager > 3 * 12 * 512 * 512 * 4
+    assert found.fused < found.eager / 4
+
+
+def test_costs_count_what_is_there(tmp_path):
+    teacher, student = tiny_model("bert", layers=4), tiny_model("bert", layers=2)
+    tokenizer = load_tokenizer(save_tiny_model(tmp_path / "m"), "model")
+    costs = measure_costs(teacher, student, tokenizer, ["a film", "the plot"], rounds=3)
+    assert costs.blocks == {"teacher": 4, "student": 2}
+    assert costs.parameters["student"] == sum(p.numel() for p in student.parameters())
+    assert costs.latency_batch == 2
+    ratio = costs.latency.seconds["teacher"] / costs.latency.seconds["student"]
+    assert costs.speedup == pytest.approx(ratio)
+
+
+def test_models_are_loaded_or_refused_by_name(tmp_path):
+    path = save_tiny_model(tmp_path / "model", layers=2, head_cls="sequence")
+    assert saved_head(path, "model") == "labels"
+    assert saved_head(save_tiny_model(tmp_path / "bare", layers=2), "model") is None
+    assert load_model(path, "model").config.num_hidden_layers == 2
+    assert load_model(path, "model", "labels", num_labels=3).config.num_labels == 3
+    with pytest.raises(ValueError, match=r"teacher='\./nowhere': no such"):
+        load_model("./nowhere", "teacher")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="cannot load a model from this directory"):
+        load_model(tmp_path / "empty", "teacher")
+    with pytest.raises(ValueError, match="cannot load a tokenizer"):
+        load_tokenizer(tmp_path / "empty", "teacher")

@@ -1,0 +1,94 @@
+import dataclasses
+import json
+
+import pytest
+from tiny_task import save_reviews, save_tiny_model
+
+from bertkd.cli.main import main
+from bertkd.study.topic_report import Run, findings, group, method_table
+from bertkd.training.recipe import Recipe
+
+
+def run(method, seed, accuracy):
+    scores = {split: {"accuracy": accuracy} for split in ("validation", "test")}
+    return Run(method, seed, scores, steps=10, seconds=5.0)
+
+
+def test_findings_compare_seed_by_seed_and_warn_of_a_weak_teacher():
+    runs = [run("teacher", 1, 0.60), run("labels only", 1, 0.50), run("labels only", 2, 0.54)]
+    runs += [run("kd", 1, 0.53), run("kd", 2, 0.55), run("att_kl, then kd", 1, 0.70)]
+    notes = findings(group(runs), "accuracy")
+    # kd gains 3 and 1 points: mean 2, sample standard deviation sqrt(2).
+    assert notes[0] == "kd: 2.0 ± 1.4 points of accuracy over labels only, better in 2 of 2 seeds."
+    assert notes[1].startswith("att_kl, then kd: 20.0 points")
+    assert notes[2].startswith("WARNING: att_kl, then kd (0.700) overtakes the teacher (0.600)")
+    assert len(notes) == 3
+    table = method_table(group(runs), "accuracy")
+    assert table.rows[1] == ("labels only", "2", "0.520 ± 0.028", "0.520 ± 0.028", "10", "0:05")
+
+
+def test_a_student_that_loses_is_reported_too():
+    runs = [run("teacher", 1, 0.9), run("labels only", 1, 0.7), run("kd", 1, 0.6)]
+    assert findings(group(runs), "accuracy") == [
+        "kd: -10.0 points of accuracy over labels only, better in 0 of 1 seeds."
+    ]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Words of a study on a tiny task, but for the output folder."""
+    model = save_tiny_model(tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"task: {save_reviews(tmp_path / 'reviews')}\nlayers: [0, 3]\nmax_length: 16\n"
+        "every_stage: {batch_size: 16, epochs: 1, lr: 3.0e-3, metric: accuracy}\n"
+        "teacher: {name: teacher, objective: ce}\n"
+        "stages:\n- {name: inner, objective: att_kl, metric: null}\n- {name: outer, objective: kd}\n"
+    )
+    words = ["study", "topic", "--model", model, "--recipe", str(recipe), "--seeds", "2"]
+    return [*words, "--teacher_steps", "24", "--student_steps", "6"]
+
+
+def test_study_runs_reports_and_keeps_finished_runs(study, tmp_path, capsys):
+    out = tmp_path / "study"
+    assert main([*study, "--output_dir", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    kinds = [(found["method"], found["seed"]) for found in results["runs"]]
+    methods = ["labels only", "kd", "att_kl, then kd"]
+    assert kinds == [("teacher", 1)] + [(method, seed) for seed in (1, 2) for method in methods]
+    # Every student makes as many updates, in one stage or in two.
+    assert [found["steps"] for found in results["runs"][1:]] == [6] * 6
+    assert "over labels only" in capsys.readouterr().out
+    assert (out / "bars.png").stat().st_size > 10_000
+    assert not list(out.rglob("checkpoint-*"))
+
+    # Again: nothing is trained, and one lost run is made anew with the very same outcome.
+    lost = out / "kd-2" / "run.json"
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*/run.json")}
+    assert main([*study, "--output_dir", str(out)]) == 0
+    assert json.loads(lost.read_text())["scores"] == before["scores"]
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_study_refuses_what_cannot_work(study, tmp_path, capsys):
+    words = [*study, "--output_dir", str(tmp_path / "out")]
+    assert main([*words, "--seeds", "0"]) == 2
+    assert main([*words, "--recipe", "pydocs-retrieval"]) == 2
+    assert "two stages" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipped_recipe_gives_every_method_the_same_updates(tmp_path):
+    from bertkd.study.topic import TopicStudy
+
+    study = TopicStudy("model", Recipe.load("pydocs-topic"), tmp_path, student_steps=100)
+    methods = study.methods()
+    assert {name: sum(s.steps for s in stages) for name, stages in methods.items()} == {
+        "labels only": 100,
+        "kd": 100,
+        "att_kl, then kd": 100,
+    }
+    last, plain = methods["kd"][-1], methods["labels only"][-1]
+    assert dataclasses.replace(plain, objective=last.objective) == last

@@ -1,0 +1,74 @@
+"""Two processes with DDP train as one does on the joint batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bertkd.training import checkpoint
+
+
+def start(folder: Path, **settings) -> subprocess.Popen:
+    script = Path(__file__).with_name("training_two_processes.py")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment |= {name: str(value) for name, value in settings.items()}
+    return subprocess.Popen([sys.executable, script, folder], env=environment)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """``together/`` from two processes, ``alone/`` from one."""
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    processes = [start(folder, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]
+    processes.append(start(folder))
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return folder
+
+
+def last_of(stage: Path) -> checkpoint.Contents:
+    found = checkpoint.checkpoints(stage)
+    return checkpoint.read(found[max(found)])
+
+
+@pytest.mark.parametrize("stage", ["1-one", "2-two"])
+def test_two_processes_equal_one_on_the_joint_batch(folder, stage):
+    theirs, ours = last_of(folder / "together" / stage), last_of(folder / "alone" / stage)
+    assert theirs.documents["run"]["processes"] == 2
+    assert ours.documents["run"]["processes"] == 1
+    for file in ("model", "optimizer"):  # the first moments are the gradients' means
+        assert theirs.tensors[file].keys() == ours.tensors[file].keys()
+        for name, tensor in ours.tensors[file].items():
+            if name != "seen":  # counts the batches of one process
+                torch.testing.assert_close(theirs.tensors[file][name], tensor, rtol=1e-5, atol=1e-7)
+    rows = [c.documents["trainer_state"]["state"]["history"] for c in (theirs, ours)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for their_row, our_row in zip(*rows, strict=True):
+        for key in our_row.keys() - {"seconds", "examples_per_second"}:
+            assert their_row[key] == pytest.approx(our_row[key], rel=1e-4), key
+
+
+def test_the_work_was_shared_and_did_something(folder):
+    one, two = last_of(folder / "together" / "1-one"), last_of(folder / "together" / "2-two")
+    # One process passes 1 batch per update of the first stage, 2 of the second.
+    assert (int(one.tensors["model"]["seen"]), int(two.tensors["model"]["seen"])) == (5, 5 + 12)
+    for name, tensor in one.tensors["model"].items():
+        assert torch.equal(tensor, two.tensors["model"][name]) == ("unused" in name), name
