@@ -1,7 +1,13 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and the interpreter for Triton kernels where there is no GPU."""
+
+import os
 
 import pytest
 import torch
+
+# Triton reads it when a kernel is decorated, so it has to stand before any kernel is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ def inputs(op):
     return {
         "relation_kl_rows": attention,
         "relation_kl_fwd_bwd": (heads_weight, *attention),
+        "self_relation_kl_rows": (student[0], teacher[0], mask, 0.5, 0.5),
+        "self_relation_kl_fwd_bwd": (heads_weight, student[0], teacher[0], mask, 0.5, 0.5),
         "attention_mse_rows": attention,
         "attention_mse_fwd_bwd": (heads_weight, *attention),
         "hidden_mse_fwd_bwd": (rows, [d_s, d_s.half()], [d_s, d_s]),
@@ -51,6 +53,10 @@ def losses():
     return {
         "attention_kl": (lambda q, k: functional.attention_kl(q, k, *teacher, mask), student),
         "attention_mse": (lambda q, k: functional.attention_mse(q, k, *teacher, mask), student),
+        "value_relation_kl": (
+            lambda v: functional.value_relation_kl(v, teacher[0], mask),
+            student[:1],
+        ),
         "rows": (
             lambda q, k: (
                 functional.attention_kl(q, k, *teacher, mask, reduction="none").square().sum()
@@ -126,17 +132,25 @@ def test_import_pulls_in_neither_triton_nor_transformers():
 
 
 def test_explain_says_what_runs_and_why(monkeypatch):
-    x = torch.randn(1)
-    assert "chunked (the portable default on cpu)" in bertkd.explain("attention_kl", x)
-    assert "eager (asked for by impl='eager')" in bertkd.explain("attention_kl", impl="eager")
+    x = torch.randn(1, 1, 2, 2)
+    assert "eager (asked for as eager)" in bertkd.explain("attention_kl", impl="eager")
     monkeypatch.setenv("BERTKD_IMPL", "eager")
-    assert "eager (asked for by BERTKD_IMPL=eager)" in bertkd.explain("attention_kl", x)
+    assert "eager (asked for as eager)" in bertkd.explain("attention_kl", x)
+    monkeypatch.delenv("BERTKD_IMPL")
+    # Float64 is for checking gradients: no fast path computes in it, on any machine.
+    explained = bertkd.explain("attention_kl", *[x.double()] * 4)
+    assert explained.startswith(
+        "attention_kl on cpu: chunked (the portable default; native is out: "
+    )
+    with pytest.raises(ValueError, match="unknown impl"):
+        bertkd.explain("attention_kl", x, impl="fastest")
 
 
 def test_impl_that_cannot_run_is_refused():
     x = torch.randn(1, 1, 2, 2)
     with pytest.raises(ValueError, match=r"unknown impl 'chunky'. Did you mean 'chunked'"):
         functional.attention_kl(x, x, x, x, impl="chunky")
+    q, k = x.double(), x.double()
     for impl in ("native", "triton", "cuda"):
-        with pytest.raises(ValueError, match=f"impl='{impl}' cannot run relation_kl"):
-            functional.attention_kl(x, x, x, x, impl=impl)
+        with pytest.raises(ValueError, match=f"impl='{impl}' cannot run relation_kl: .*'chunked'"):
+            functional.attention_kl(q, k, q, k, impl=impl)

@@ -66,9 +66,8 @@ def _losses() -> list[str]:
     import bertkd
 
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    tensors = [torch.empty(0, device=device) for device in devices]
     names = bertkd.functional.__all__
-    return [f"  {bertkd.explain(name, tensor)}" for tensor in tensors for name in names]
+    return [f"  {bertkd.explain(name, device=device)}" for device in devices for name in names]
 
 
 def _state(reason: str | None) -> str:

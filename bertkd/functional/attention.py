@@ -10,7 +10,7 @@ from torch import Tensor
 from bertkd import reference
 from bertkd.ops.autograd import row_loss, sum_loss
 from bertkd.ops.checks import check_attention, check_options, check_tensors, regroup_heads
-from bertkd.ops.dispatch import choose
+from bertkd.ops.dispatch import requested
 from bertkd.ops.rows import as_mask, row_weights
 
 
@@ -178,6 +178,8 @@ def _attention_loss(
 ) -> Tensor:
     """Checks, head re-split, choice of implementation and reduction of both attention ops."""
     a_s, b_s, a_t, b_t = tensors
+    # A relation of one tensor with itself has symmetric scores, and one gradient.
+    of_itself = op == "relation_kl" and a_s is b_s and a_t is b_t
     regroup = partial(regroup_heads, op, relation_heads=relation_heads)
     a_s, b_s = regroup("the student", a_s), regroup("the student", b_s)
     a_t, b_t = regroup("the teacher", a_t.detach()), regroup("the teacher", b_t.detach())
@@ -190,26 +192,28 @@ def _attention_loss(
         for scale, x in zip(scales, (a_s, a_t), strict=True)
     )
     dtype = reference.compute_dtype(*tensors)
-    choice = choose(op, a_s.device, impl, next(iter(eager_option), None))
+    impl = requested(op, impl, next(iter(eager_option), None))
     weight, count = row_weights(
         op, rows, None if count_pads else mask, row_weight, dtype=dtype, device=a_s.device
     )
     weight = weight[:, None, :].expand(batch, heads, length)
     keys = _key_count(mask, count_pads, rows, weight) if per_pair else None
 
-    if choice.impl == "eager":
+    if impl == "eager":
         loss = weight * eager_rows(
             a_s, b_s, a_t, b_t, mask, scale_s=scale_s, scale_t=scale_t, **eager_option
         )
     else:
-        args = (a_s, b_s, a_t, b_t, mask, scale_s, scale_t)
+        name = "self_relation_kl" if of_itself else op
+        sides = [a_s, a_t] if of_itself else [a_s, b_s, a_t, b_t]
+        args, wrt = (*sides, mask, scale_s, scale_t), range(len(sides) // 2)
         if reduction == "none":
-            loss = weight * row_loss(op, choice.impl, args, wrt=(0, 1))
+            loss = weight * row_loss(name, impl, args, wrt=wrt)
         else:
-            loss = sum_loss(op, choice.impl, weight, args, wrt=(0, 1))
+            loss = sum_loss(name, impl, weight, args, wrt=wrt)
     if reduction == "none":
         return loss if keys is None else loss / keys.clamp_min(1.0)[:, None, None]
-    loss = loss.sum() if choice.impl == "eager" else loss
+    loss = loss.sum() if impl == "eager" else loss
     if reduction == "sum":
         return loss
     if keys is None:

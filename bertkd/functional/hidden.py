@@ -10,7 +10,7 @@ from torch import Tensor
 from bertkd import reference
 from bertkd.ops.autograd import sum_loss
 from bertkd.ops.checks import check_options, check_tensors
-from bertkd.ops.dispatch import choose
+from bertkd.ops.dispatch import requested
 from bertkd.ops.rows import as_mask, row_weights
 
 States = Tensor | Sequence[Tensor]
@@ -72,9 +72,9 @@ def hidden_mse(
             f"{op}: weight and reduction='none' take one state per call, got {len(students)}. Call once per state."
         )
     weights, count = _rows(op, students, teachers, weight, mask, row_weight, count_pads)
-    choice = choose(op, students[0].device, impl)
+    impl = requested(op, impl)
     # One row per token needs no tiles: without a reduction the definition serves every implementation.
-    if choice.impl == "eager" or reduction == "none":
+    if impl == "eager" or reduction == "none":
         per_row = sum(
             reference.hidden_mse_rows(s, t, weight, bias)
             for s, t in zip(students, teachers, strict=True)
@@ -84,10 +84,10 @@ def hidden_mse(
     elif weight is None:
         flat = [[x.reshape(-1, x.shape[-1]) for x in side] for side in (students, teachers)]
         wrt = range(len(students))
-        loss = sum_loss(op, choice.impl, weights.reshape(-1), flat, wrt)
+        loss = sum_loss(op, impl, weights.reshape(-1), flat, wrt)
     else:
         args = (students[0].reshape(-1, width_s), weight, bias, teachers[0].reshape(-1, width_t))
-        loss = sum_loss("hidden_proj_mse", choice.impl, weights.reshape(-1), args, wrt=(0, 1, 2))
+        loss = sum_loss("hidden_proj_mse", impl, weights.reshape(-1), args, wrt=(0, 1, 2))
     if reduction == "sum":
         return loss
     return loss / width_t if reduction == "none" else loss / (count * width_t)
@@ -137,8 +137,8 @@ def hidden_combine_mse(
     if tuple(weight.shape) != shape:
         raise ValueError(f"{op}: weight must have shape {shape}, got {tuple(weight.shape)}.")
     weights, count = _rows(op, students, teachers, weight, mask, row_weight, count_pads)
-    choice = choose(op, weight.device, impl)
-    if choice.impl == "eager":
+    impl = requested(op, impl)
+    if impl == "eager":
         dtype = weights.dtype
         joined = [_concatenate(states, dtype) for states in (teachers, students)]
         target = reference.hidden_mse_rows(joined[0], joined[1], weight, bias)
@@ -147,7 +147,7 @@ def hidden_combine_mse(
         flat = [[x.reshape(-1, x.shape[-1]) for x in side] for side in (students, teachers)]
         args = (flat[0], weight, bias, flat[1])
         wrt = range(len(students) + 2)
-        loss = sum_loss(op, choice.impl, weights.reshape(-1), args, wrt)
+        loss = sum_loss(op, impl, weights.reshape(-1), args, wrt)
     return loss / (count * shape[0])
 
 
@@ -187,13 +187,13 @@ def hidden_cosine(
             f"{op}: h_s has width {width_s} and h_t {width_t}. Project one of them first."
         )
     weights, count = _rows(op, students, teachers, None, mask, row_weight, count_pads)
-    choice = choose(op, h_s.device, impl)
-    if choice.impl == "eager" or reduction == "none":
+    impl = requested(op, impl)
+    if impl == "eager" or reduction == "none":
         loss = reference.hidden_cosine_rows(students[0], teachers[0]) * weights
         loss = loss if reduction == "none" else loss.sum()
     else:
         args = [x[0].reshape(-1, width_s) for x in (students, teachers)]
-        loss = sum_loss(op, choice.impl, weights.reshape(-1), args, wrt=(0,))
+        loss = sum_loss(op, impl, weights.reshape(-1), args, wrt=(0,))
     return loss / count if reduction == "mean" else loss
 
 

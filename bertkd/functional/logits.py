@@ -7,7 +7,7 @@ from torch import Tensor
 from bertkd import reference
 from bertkd.ops.autograd import row_loss, sum_loss
 from bertkd.ops.checks import check_mask, check_options, check_tensors
-from bertkd.ops.dispatch import choose
+from bertkd.ops.dispatch import requested
 from bertkd.ops.rows import as_mask, row_weights
 
 
@@ -158,15 +158,15 @@ def _row_kl(
     rows = tuple(like.shape[:-1])
     mask = as_mask(op, mask, like, rows)
     weights, count = row_weights(op, rows, mask, row_weight, dtype=dtype, device=like.device)
-    choice = choose(op, like.device, impl)
-    if choice.impl == "eager":
+    impl = requested(op, impl)
+    if impl == "eager":
         definition, *inputs = eager
         loss = definition(*inputs) * weights
         loss = loss if reduction == "none" else loss.sum()
     elif reduction == "none":
-        loss = row_loss(op, choice.impl, args, wrt=wrt).view(rows) * weights
+        loss = row_loss(op, impl, args, wrt=wrt).view(rows) * weights
     else:
-        loss = sum_loss(op, choice.impl, weights.reshape(-1), args, wrt=wrt)
+        loss = sum_loss(op, impl, weights.reshape(-1), args, wrt=wrt)
     if reduction == "mean":
         loss = loss / count
     return loss * temperature**2 if t_squared else loss

@@ -67,11 +67,11 @@ class AttentionTerm(MappedTerm):
         return FLOAT * shape.batch * self.map_heads * shape.length**2
 
     def fused_rows(self, shape: Shape, tensors: int = 2) -> int:
-        """Bytes of one pair: ``tensors`` of the teacher's q, k, v, and the student's two gradients.
+        """Bytes of one pair: ``tensors`` of the teacher's q, k, v, and the student's gradients of the same.
 
         The fused losses compute their gradient along with the value and keep it for the backward.
         """
-        ours = shape.student_bytes * self.sides[0].width * 2
+        ours = shape.student_bytes * self.sides[0].width * tensors
         theirs = shape.teacher_bytes * self.sides[1].width * tensors
         return shape.batch * shape.length * (ours + theirs)
 

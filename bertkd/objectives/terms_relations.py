@@ -58,7 +58,7 @@ class ValKL(RelationTerm):
         )
 
     def memory(self, shape: Shape) -> Memory:
-        """Naive: scores and log-softmax of both sides per pair; fused: teacher v and two gradients."""
+        """Naive: scores and log-softmax of both sides per pair; fused: the teacher's v and a gradient."""
         pairs = len(self.pairs)
         return Memory(pairs * 4 * self.one_map(shape), pairs * self.fused_rows(shape, 1))
 

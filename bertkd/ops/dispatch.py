@@ -1,17 +1,36 @@
-"""Which implementation runs an op, and why."""
+"""Which implementation runs an op, and why.
+
+Two steps. ``requested`` reads the caller's wish and looks at no tensor, so that ``torch.compile`` can trace it.
+``resolve`` turns "auto" into an implementation inside the op, where the tensors are real and the answer may depend on
+their device, dtype and shape.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bertkd.errors import unknown_name
 
 IMPLS = ("eager", "chunked", "native", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "BERTKD_IMPL"
+
+# What "auto" prefers to the portable default, by type of device. "cuda" is never chosen: it has not been measured.
+PREFERRED = {"cpu": "native", "cuda": "triton"}
+
+# GPU models (``torch.cuda.get_device_name``) whose results stand in benchmarks/results. On any other one "auto" uses a
+# Triton kernel only after it has agreed with chunked on a small case.
+PROVEN_GPUS: frozenset[str] = frozenset()
+
+_warned: set[str] = set()
 
 
 class Choice(NamedTuple):
@@ -21,65 +40,137 @@ class Choice(NamedTuple):
     reason: str
 
 
+def implementation(impl: str) -> ModuleType:
+    """The module with an implementation's ops; ``eager`` has none, the reference is differentiated by autograd."""
+    return importlib.import_module(f"bertkd.ops.{impl}")
+
+
 def unavailable(impl: str) -> str | None:
     """Why ``impl`` cannot run in this installation, or None if it can."""
     if impl in ("eager", "chunked"):
         return None
-    if importlib.util.find_spec(f"bertkd.ops.{impl}") is None:
-        return "this version has no such kernels yet"
-    return None
+    return implementation(impl).unavailable()
 
 
-def choose(
-    op: str, device: torch.device, impl: str = "auto", eager_only: str | None = None
-) -> Choice:
-    """Pick the implementation of ``op`` for tensors on ``device``.
+def requested(op: str, impl: str = "auto", eager_only: str | None = None) -> str:
+    """The implementation asked for, by the argument or else by ``BERTKD_IMPL``; may still be "auto".
 
     Args:
         op: name of the op, for the message.
-        device: where the tensors live.
-        impl: the caller's wish; ``"auto"`` lets ``BERTKD_IMPL`` and then the defaults decide.
+        impl: the caller's wish.
         eager_only: the argument that only ``eager`` implements, if the caller gave one.
 
     Raises:
-        ValueError: for an unknown ``impl``, one that is not available, or one that lacks ``eager_only``.
+        ValueError: for an unknown ``impl``, one that is not installed, or one that lacks ``eager_only``.
     """
-    source = f"impl={impl!r}"
-    if impl == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
-        impl = os.environ[ENVIRONMENT_VARIABLE]
-        source = f"{ENVIRONMENT_VARIABLE}={impl}"
     if impl == "auto":
-        if eager_only is not None:
-            return Choice("eager", f"{eager_only} is a parity switch that only eager implements")
-        return Choice("chunked", f"the portable default on {device.type}")
+        impl = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if impl == "auto":
+        return "auto" if eager_only is None else "eager"
     if impl not in IMPLS:
         raise unknown_name("impl", impl, ("auto", *IMPLS))
-    reason = unavailable(impl)
-    if reason is not None:
-        raise ValueError(f"{source} cannot run {op}: {reason}. Use impl='auto' or 'chunked'.")
     if eager_only is not None and impl != "eager":
         raise ValueError(
-            f"{source} does not implement {eager_only}, which reproduces the released code. "
+            f"impl={impl!r} does not implement {eager_only}, which reproduces the released code. "
             f"Use impl='eager' (or 'auto'), or leave {eager_only} out for the exact loss."
         )
-    return Choice(impl, f"asked for by {source}")
+    return impl
 
 
-def explain(op: str, *tensors: torch.Tensor, impl: str = "auto") -> str:
+def resolve(op: str, impl: str, tensors: Sequence[Tensor]) -> Choice:
+    """Decide what runs ``op`` on these tensors.
+
+    Args:
+        op: stem of the op, e.g. ``"relation_kl"``.
+        impl: what ``requested`` gave.
+        tensors: the op's floating-point tensors in order; the first one's device decides for "auto".
+
+    Raises:
+        ValueError: for an ``impl`` asked for by name that cannot run here or not on these tensors.
+    """
+    if impl in ("eager", "chunked"):
+        return Choice(impl, f"asked for as {impl}")
+    device = tensors[0].device.type
+    if impl != "auto":
+        reason = unavailable(impl) or implementation(impl).refusal(op, tensors)
+        if reason is not None:
+            raise ValueError(
+                f"impl={impl!r} cannot run {op}: {reason}. Use impl='auto' or 'chunked'."
+            )
+        return Choice(impl, f"asked for as {impl}")
+    preferred = PREFERRED.get(device)
+    if preferred is None:
+        return Choice("chunked", f"the portable default on {device}")
+    reason = unavailable(preferred) or implementation(preferred).refusal(op, tensors)
+    if reason is None and preferred == "triton":
+        reason = _unproven(op, tensors)
+    if reason is None:
+        return Choice(preferred, f"the fastest on {device}")
+    if device == "cuda" and not any(x.dtype == torch.float64 for x in tensors):
+        warn_once(f"bertkd runs {op} on {device} by its portable implementation: {reason}.")
+    return Choice("chunked", f"the portable default; {preferred} is out: {reason}")
+
+
+def _unproven(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why a Triton kernel may not run unasked on this GPU: unmeasured there, and not yet seen to be right."""
+    if torch.cuda.get_device_name(tensors[0].device) in PROVEN_GPUS:
+        return None
+    from bertkd.ops.verify import disagreement
+
+    return disagreement(op, "triton", tensors)
+
+
+def warn_once(message: str) -> None:
+    """Warn, but not again for the same message in this process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+# A loss is not always an op of its own.
+_OP_OF_LOSS = {
+    "attention_kl": "relation_kl",
+    "value_relation_kl": "self_relation_kl",
+    "logit_kl": "softmax_kl",
+}
+
+# Shapes of an op's tensors as a base-sized BERT has them, for when nobody gives any.
+_HEADS, _STATES, _LOGITS, _DECODER = (8, 12, 128, 64), (1024, 768), (64, 30522), (30522, 768)
+_TYPICAL = {
+    "relation_kl": [_HEADS] * 4,
+    "self_relation_kl": [_HEADS] * 2,
+    "attention_mse": [_HEADS] * 4,
+    "hidden_mse": [_STATES] * 2,
+    "hidden_proj_mse": [_STATES, (768, 768), _STATES],
+    "hidden_combine_mse": [_STATES, (768, 1536), _STATES, _STATES],
+    "hidden_cosine": [_STATES] * 2,
+    "softmax_kl": [_LOGITS] * 2,
+    "linear_kl": [_STATES, _DECODER] * 2,
+}
+
+
+def explain(
+    op: str, *tensors: Tensor, impl: str = "auto", device: torch.device | str = "cpu"
+) -> str:
     """Say in one line which implementation would run ``op`` on these tensors, and why.
 
     Args:
         op: name of a loss, e.g. ``"attention_kl"``.
-        *tensors: the loss's tensors; their device decides. Without any, the CPU is assumed.
+        *tensors: the loss's tensors. Without any, float32 ones of BERT-base's sizes are assumed.
         impl: as given to the loss.
+        device: where the assumed tensors live.
 
     Raises:
-        ValueError: if that implementation cannot run.
+        ValueError: for an unknown loss, or if that implementation cannot run.
 
     Example:
         >>> explain("attention_kl", impl="eager")
-        "attention_kl on cpu: eager (asked for by impl='eager')"
+        'attention_kl on cpu: eager (asked for as eager)'
     """
-    device = tensors[0].device if tensors else torch.device("cpu")
-    choice = choose(op, device, impl)
-    return f"{op} on {device.type}: {choice.impl} ({choice.reason})"
+    stem = _OP_OF_LOSS.get(op, op)
+    if stem not in _TYPICAL:
+        raise unknown_name("loss", op, {*_OP_OF_LOSS, *_TYPICAL})
+    # Nothing reads them, so memory is all they cost, and hardly that: pages that nobody touches.
+    given = tensors or [torch.empty(shape, device=device) for shape in _TYPICAL[stem]]
+    choice = resolve(stem, requested(op, impl), given)
+    return f"{op} on {given[0].device.type}: {choice.impl} ({choice.reason})"

@@ -6,23 +6,24 @@ linear in the upstream gradient, so nothing has to be computed twice. The backwa
 with the upstream gradient as weights. The hidden-state losses have no row form: a row needs no tiles there.
 
 All ops are functional (nothing is mutated, no output aliases an input) and opaque to ``torch.compile``. ``impl`` says
-which code runs; ``dispatch`` has chosen it before.
+which code runs; where it says "auto", ``dispatch`` decides inside the op, where the tensors are real.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bertkd.ops.dispatch import implementation, resolve
 from bertkd.reference import compute_dtype
 
 _ATTENTION = "Tensor {0}_s, Tensor {1}_s, Tensor {0}_t, Tensor {1}_t, Tensor? mask, float scale_s, float scale_t"
 _AB = _ATTENTION.format("a", "b")
 _QK = _ATTENTION.format("q", "k")
+_SELF = "Tensor x_s, Tensor x_t, Tensor? mask, float scale_s, float scale_t"
 _LINEAR = "Tensor h_s, Tensor w_s, Tensor? bias_s, Tensor h_t, Tensor w_t, Tensor? bias_t, float temperature"
 _COMBINE = "Tensor[] h_s, Tensor weight, Tensor? bias, Tensor[] h_t"
 
@@ -30,6 +31,8 @@ _COMBINE = "Tensor[] h_s, Tensor weight, Tensor? bias, Tensor[] h_t"
 SCHEMAS = {
     "relation_kl_rows": f"({_AB}, str impl) -> Tensor",
     "relation_kl_fwd_bwd": f"(Tensor row_weight, {_AB}, str impl) -> (Tensor, Tensor, Tensor)",
+    "self_relation_kl_rows": f"({_SELF}, str impl) -> Tensor",
+    "self_relation_kl_fwd_bwd": f"(Tensor row_weight, {_SELF}, str impl) -> (Tensor, Tensor)",
     "attention_mse_rows": f"({_QK}, str impl) -> Tensor",
     "attention_mse_fwd_bwd": f"(Tensor row_weight, {_QK}, str impl) -> (Tensor, Tensor, Tensor)",
     "hidden_mse_fwd_bwd": "(Tensor row_weight, Tensor[] h_s, Tensor[] h_t, str impl) -> (Tensor, Tensor[])",
@@ -73,6 +76,14 @@ def _fake_relation_fwd_bwd(row_weight, a_s, b_s, a_t, b_t, mask, scale_s, scale_
     return _loss(a_s, b_s, a_t, b_t), _grad(a_s, a_s), _grad(b_s, a_s)
 
 
+def _fake_self_relation_rows(x_s, x_t, mask, scale_s, scale_t, impl):
+    return _rows(x_s, x_t)
+
+
+def _fake_self_relation_fwd_bwd(row_weight, x_s, x_t, mask, scale_s, scale_t, impl):
+    return _loss(x_s, x_t), _grad(x_s, x_s)
+
+
 def _fake_hidden_mse(row_weight, h_s, h_t, impl):
     return _loss(*h_s, *h_t), [_grad(x, x) for x in h_s]
 
@@ -105,6 +116,8 @@ def _fake_linear_fwd_bwd(row_weight, h_s, w_s, bias_s, h_t, w_t, bias_t, tempera
 FAKES: dict[str, Callable[..., Any]] = {
     "relation_kl_rows": _fake_relation_rows,
     "relation_kl_fwd_bwd": _fake_relation_fwd_bwd,
+    "self_relation_kl_rows": _fake_self_relation_rows,
+    "self_relation_kl_fwd_bwd": _fake_self_relation_fwd_bwd,
     "attention_mse_rows": _fake_relation_rows,
     "attention_mse_fwd_bwd": _fake_relation_fwd_bwd,
     "hidden_mse_fwd_bwd": _fake_hidden_mse,
@@ -119,17 +132,26 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 
 def _kernel(name: str):
-    """The registered function of an op: hands on to the module of the implementation in ``impl``."""
+    """The registered function of an op: hands on to the module of the implementation that ``impl`` stands for."""
+    is_weighted = name.endswith("_fwd_bwd")
+    stem = name.removesuffix("_fwd_bwd").removesuffix("_rows")
 
     def run(*args):
         *inputs, impl = args
-        function = getattr(importlib.import_module(f"bertkd.ops.{impl}"), name)
-        first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+        tensors = float_tensors(inputs[is_weighted:])
+        choice = resolve(stem, impl, tensors)
+        function = getattr(implementation(choice.impl), name)
         # Autocast would run the products in half precision.
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(tensors[0].device.type, enabled=False):
             return function(*inputs)
 
     return run
+
+
+def float_tensors(inputs: Sequence[Any]) -> list[Tensor]:
+    """The floating-point tensors among an op's arguments, lists of states included, in their order."""
+    flat = [x for arg in inputs for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    return [x for x in flat if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 for _name, _schema in SCHEMAS.items():

@@ -8,7 +8,12 @@ from bertkd.ops.chunked.hidden import (
     hidden_proj_mse_fwd_bwd,
 )
 from bertkd.ops.chunked.linear_kl import linear_kl_fwd_bwd, linear_kl_rows
-from bertkd.ops.chunked.relation_kl import relation_kl_fwd_bwd, relation_kl_rows
+from bertkd.ops.chunked.relation_kl import (
+    relation_kl_fwd_bwd,
+    relation_kl_rows,
+    self_relation_kl_fwd_bwd,
+    self_relation_kl_rows,
+)
 from bertkd.ops.chunked.softmax_kl import softmax_kl_fwd_bwd, softmax_kl_rows
 
 __all__ = [
@@ -22,6 +27,8 @@ __all__ = [
     "linear_kl_rows",
     "relation_kl_fwd_bwd",
     "relation_kl_rows",
+    "self_relation_kl_fwd_bwd",
+    "self_relation_kl_rows",
     "softmax_kl_fwd_bwd",
     "softmax_kl_rows",
 ]

@@ -42,6 +42,17 @@ class _Relations:
         rows, difference = kl_sweep(s, t, self.work.get("p", *s.shape))
         return rows, difference, a_tile, b_tile
 
+    def gradients(self, tile: Tile, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tile's weighted KL, and its share of da (G, rows, D) and of db (G, keys, D)."""
+        rows, difference, a, b = self.sweep(tile)
+        # Weights go on the narrow (rows, D) factors, not on the (rows, keys) tile.
+        weight = row_weight[tile.batch, tile.heads, tile.rows].to(self.dtype).flatten(0, 1)
+        value = torch.dot(rows.flatten(), weight.flatten())
+        weight = weight.unsqueeze(-1) * self.student[2]
+        at_rows = torch.bmm(difference, b).mul_(weight)
+        at_keys = torch.bmm(difference.transpose(1, 2), a * weight)
+        return value, at_rows, at_keys
+
 
 def relation_kl_rows(
     a_s: Tensor,
@@ -75,21 +86,48 @@ def relation_kl_fwd_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum(row_weight * KL)`` and its gradients: dS = w (P_s - P_t), da = dS b c, db = dS^T a c."""
     relations = _Relations(a_s, b_s, a_t, b_t, mask, scale_s, scale_t)
-    dtype = relations.dtype
-    loss = torch.zeros((), dtype=dtype, device=a_s.device)
+    loss = torch.zeros((), dtype=relations.dtype, device=a_s.device)
     # Preserves the strides of the input: a (B, L, H, D) view gets its gradient without a transposition.
     grad_a = torch.zeros_like(a_s)
-    grad_b = torch.zeros_like(b_s, dtype=dtype)
+    grad_b = torch.zeros_like(b_s, dtype=relations.dtype)
     for tile in tiles(a_s, mask, row_weight):
-        rows, difference, a, b = relations.sweep(tile)
-        # Weights go on the narrow (rows, D) factors, not on the (rows, keys) tile.
-        weight = row_weight[tile.batch, tile.heads, tile.rows].to(dtype).flatten(0, 1)
-        loss += torch.dot(rows.flatten(), weight.flatten())
-        weight = weight.unsqueeze(-1)
-        at_rows = grad_a[tile.batch, tile.heads, tile.rows]
-        grad = torch.bmm(difference, b).mul_(weight * scale_s)
-        at_rows.copy_(grad.view(at_rows.shape))
-        at_keys = grad_b[tile.batch, tile.heads, : tile.keys]
-        grad = torch.bmm(difference.transpose(1, 2), a * (weight * scale_s))
-        at_keys.add_(grad.view(at_keys.shape))
+        value, at_rows, at_keys = relations.gradients(tile, row_weight)
+        loss += value
+        _rows_in(grad_a, tile).copy_(at_rows.view(_rows_in(grad_a, tile).shape))
+        _keys_in(grad_b, tile).add_(at_keys.view(_keys_in(grad_b, tile).shape))
     return loss, grad_a, grad_b.to(b_s.dtype)
+
+
+def self_relation_kl_rows(
+    x_s: Tensor, x_t: Tensor, mask: Tensor | None, scale_s: float, scale_t: float
+) -> Tensor:
+    """``relation_kl_rows`` of x with itself."""
+    return relation_kl_rows(x_s, x_s, x_t, x_t, mask, scale_s, scale_t)
+
+
+def self_relation_kl_fwd_bwd(
+    row_weight: Tensor,
+    x_s: Tensor,
+    x_t: Tensor,
+    mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+) -> tuple[Tensor, Tensor]:
+    """``relation_kl_fwd_bwd`` of x with itself: one gradient, the sum of both roles, rounded once."""
+    relations = _Relations(x_s, x_s, x_t, x_t, mask, scale_s, scale_t)
+    loss = torch.zeros((), dtype=relations.dtype, device=x_s.device)
+    grad = torch.zeros_like(x_s, dtype=relations.dtype)
+    for tile in tiles(x_s, mask, row_weight):
+        value, at_rows, at_keys = relations.gradients(tile, row_weight)
+        loss += value
+        _rows_in(grad, tile).add_(at_rows.view(_rows_in(grad, tile).shape))
+        _keys_in(grad, tile).add_(at_keys.view(_keys_in(grad, tile).shape))
+    return loss, grad.to(x_s.dtype)
+
+
+def _rows_in(x: Tensor, tile: Tile) -> Tensor:
+    return x[tile.batch, tile.heads, tile.rows]
+
+
+def _keys_in(x: Tensor, tile: Tile) -> Tensor:
+    return x[tile.batch, tile.heads, : tile.keys]

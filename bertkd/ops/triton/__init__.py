@@ -1,0 +1,65 @@
+"""The Triton implementation: launchers that allocate, configure and launch the kernels of ``kernels/``.
+
+Importing this package imports neither triton nor a kernel: an op's module is loaded on its first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Stem of an op -> the module that launches it.
+_MODULES = {
+    "relation_kl": "relation_kl",
+    "self_relation_kl": "self_relation_kl",
+    "attention_mse": "attention_mse",
+    "hidden_mse": "hidden_mse",
+    "hidden_proj_mse": "hidden_proj_mse",
+    "hidden_combine_mse": "hidden_proj_mse",
+    "hidden_cosine": "hidden_mse",
+    "softmax_kl": "softmax_kl",
+    "linear_kl": "linear_kl",
+}
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def unavailable() -> str | None:
+    """Why no Triton kernel can run in this installation, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not (torch.cuda.is_available() or interpreting()):
+        return "it needs a CUDA device"
+    return None
+
+
+def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why the Triton kernels cannot run ``op`` on ``tensors``, or None."""
+    if op not in _MODULES:
+        return f"there is no Triton kernel for {op}"
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return "its kernels do not compute in float64"
+        if not (tensor.is_cuda or (interpreting() and tensor.device.type == "cpu")):
+            return f"it needs CUDA tensors, got one on {tensor.device}"
+    return _load(op).refusal(op, tensors)
+
+
+def _load(op: str) -> Any:
+    return importlib.import_module(f"{__name__}.{_MODULES[op]}")
+
+
+def __getattr__(name: str) -> Any:
+    op = name.removesuffix("_rows").removesuffix("_fwd_bwd")
+    if op == name or op not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_load(op), name)

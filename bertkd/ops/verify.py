@@ -1,0 +1,200 @@
+"""Does an implementation give what the portable one gives? On random cases, value and gradients, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bertkd.ops.dispatch import implementation, warn_once
+
+# Rounding the inputs of a matrix product to half precision and its result once costs this much, relative.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# One length for every form of the attention kernels (whole heads of up to 64, 128, 256 tokens, tiles beyond), each
+# with a ragged edge: checking every length that a data set has would never end.
+CHECKED_LENGTHS, LONG = (61, 125, 253), 261
+
+
+class Sizes(NamedTuple):
+    """What a random case is made of; every op uses the sizes that it has."""
+
+    batch: int = 3
+    heads: int = 2
+    length: int = LONG
+    widths: tuple[int, int] = (64, 64)  # student, teacher: head width, hidden width or classes
+    vocabulary: int = 1000
+
+
+class Comparison(NamedTuple):
+    """Errors of the value and of the gradients, relative to float64, and what the portable code errs by."""
+
+    op: str
+    impl: str
+    error: float
+    portable_error: float
+    allowed: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the error is finite and within twice the portable code's plus the dtype's rounding."""
+        return self.error <= self.allowed
+
+
+def random_case(
+    op: str, dtypes: Sequence[torch.dtype], sizes: Sizes, device: torch.device | str, seed: int = 0
+) -> list[Any]:
+    """Arguments of ``<op>_fwd_bwd`` with ragged masks, a sequence of pads only, and rows of weight 0.
+
+    Args:
+        op: stem of the op, e.g. ``"relation_kl"``.
+        dtypes: of the op's floating-point tensors in order, biases left out. Ops on lists of states take the
+            first for the student's and the last for the teacher's.
+        sizes: see ``Sizes``.
+        device: where the tensors are made.
+        seed: of the numbers.
+
+    Raises:
+        ValueError: for an op without a case.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = dtypes[0], dtypes[-1]
+    width_s, width_t = sizes.widths[0], sizes.widths[-1]
+    batch, heads, length = sizes.batch, sizes.heads, sizes.length
+
+    def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    def heads_of(dtype: torch.dtype, width: int) -> Tensor:
+        # As they come out of a model: (B, L, H, D) seen as (B, H, L, D).
+        return tensor(dtype, batch, length, heads, width).transpose(1, 2)
+
+    lengths = [length, max(1, length // 2), *[0] * (batch - 2)][:batch]
+    positions = torch.arange(length)
+    mask = torch.stack([positions < n for n in lengths])
+    rows = mask[:, None].expand(-1, heads, -1) * torch.rand(batch, 1, length, generator=generator)
+    flat = rows[:, 0].reshape(-1).to(device)
+    rows, mask = rows.to(device), mask.to(device)
+    count = flat.shape[0]
+    scales = width_s**-0.5, width_t**-0.5
+    if op in ("relation_kl", "attention_mse"):
+        widths = (width_s, width_s, width_t, width_t)
+        return [rows, *(heads_of(*x) for x in zip(dtypes, widths, strict=True)), mask, *scales]
+    if op == "self_relation_kl":
+        return [rows, heads_of(student, width_s), heads_of(teacher, width_t), mask, *scales]
+    if op == "hidden_mse":
+        return [flat, *([tensor(dtype, count, width_s)] for dtype in (student, teacher))]
+    if op == "hidden_cosine":
+        return [flat, tensor(student, count, width_s), tensor(teacher, count, width_s)]
+    if op == "softmax_kl":
+        return [flat, tensor(student, count, width_s), tensor(teacher, count, width_s), 2.0]
+    if op == "hidden_proj_mse":
+        hidden, weight = tensor(student, count, width_s), tensor(dtypes[1], width_t, width_s)
+        return [flat, hidden, weight, None, tensor(teacher, count, width_t)]
+    if op == "hidden_combine_mse":
+        # Mixed precision keeps weights in float32; among a list of states theirs is not told by its place.
+        weights = torch.float32 if torch.float32 in dtypes else student
+        weight = tensor(weights, width_s, 2 * width_t)
+        states = [tensor(teacher, count, width_t) for _ in range(2)]
+        return [flat, [tensor(student, count, width_s)], weight, None, states]
+    if op == "linear_kl":
+        decoders: list[Any] = []
+        for of_hidden, of_weight, width in zip(
+            dtypes[::2], dtypes[1::2], sizes.widths, strict=True
+        ):
+            scaled = tensor(of_weight, sizes.vocabulary, width).mul_(width**-0.5)
+            decoders += [tensor(of_hidden, count, width), scaled, None]
+        return [flat, *decoders, 2.0]
+    raise ValueError(f"there is no random case for op {op!r}")
+
+
+def compare(op: str, impl: str, case: Sequence[Any]) -> Comparison:
+    """Run ``<op>_fwd_bwd`` of ``impl`` and of chunked on a case, and chunked in float64 as the truth.
+
+    Returns:
+        The largest relative error over the value and every gradient (norm of the error over the norm of
+        what is right), and what is allowed.
+    """
+    name = f"{op}_fwd_bwd"
+    doubled = [_double(arg) for arg in case]
+    truth = _flat(getattr(implementation("chunked"), name)(*doubled))
+    portable = _flat(getattr(implementation("chunked"), name)(*case))
+    actual = _flat(getattr(implementation(impl), name)(*case))
+    error, portable_error = (_largest_error(result, truth) for result in (actual, portable))
+    tolerance = max(TOLERANCE.get(x.dtype, 0.0) for x in _flat(case) if x.is_floating_point())
+    return Comparison(op, impl, error, portable_error, 2 * portable_error + tolerance)
+
+
+def disagreement(op: str, impl: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why ``impl`` may not be trusted with tensors like these, or None; checked once per process and kind.
+
+    Nothing is checked while a CUDA graph is being captured: that would be recorded.
+    """
+    device = tensors[0].device
+    unbiased = [x for x in tensors if x.dim() > 1]
+    sizes = _small_sizes(op, unbiased)
+    kind = (op, impl, device, tuple(x.dtype for x in unbiased), sizes)
+    if kind not in _verdicts:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return f"{impl} has not been checked yet and cannot be inside a graph capture; warm up first"
+        _verdicts[kind] = _verdict(*kind)
+    return _verdicts[kind]
+
+
+_verdicts: dict[tuple, str | None] = {}
+
+
+def _small_sizes(op: str, tensors: Sequence[Tensor]) -> Sizes:
+    """A case of the tensors' own widths, of a length that takes the same form of the kernel, and not much else."""
+    widths = tensors[0].shape[-1], tensors[-1].shape[-1]
+    if tensors[0].dim() == 4:
+        length = tensors[0].shape[2]
+        return Sizes(
+            length=next((n for n in CHECKED_LENGTHS if length <= n + 3), LONG), widths=widths
+        )
+    vocabulary = tensors[1].shape[0] if op == "linear_kl" else 1
+    return Sizes(length=33, widths=widths, vocabulary=vocabulary)
+
+
+def _verdict(
+    op: str, impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes
+) -> str | None:
+    try:
+        with torch.no_grad():
+            result = compare(op, impl, random_case(op, dtypes, sizes, device))
+    except Exception as error:
+        # Whatever a compiler or driver raises, the portable code still works.
+        problem = f"its check raised {type(error).__name__}: {error}"
+    else:
+        if result.agrees:
+            return None
+        problem = f"its result is off by {result.error:.1e}, allowed were {result.allowed:.1e}"
+    warn_once(f"bertkd does not use impl={impl!r} for {op} on {device}: {problem}.")
+    return problem
+
+
+def _double(arg: Any) -> Any:
+    if isinstance(arg, (list, tuple)):
+        return [_double(x) for x in arg]
+    return arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+
+
+def _flat(values: Sequence[Any]) -> list[Tensor]:
+    flat = [
+        x for value in values for x in (value if isinstance(value, (list, tuple)) else (value,))
+    ]
+    return [x for x in flat if isinstance(x, Tensor)]
+
+
+def _largest_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    errors = [_relative_error(result, right) for result, right in zip(results, truth, strict=True)]
+    # NaN compares as false with everything and would pass for small.
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def _relative_error(result: Tensor, right: Tensor) -> float:
+    if right.numel() == 0:
+        return 0.0
+    error, size = (result.double() - right).norm().item(), right.norm().item()
+    return error / size if size > 0 else error

@@ -1,0 +1,121 @@
+"""What "auto" picks, and the check that stands between an unproven kernel and a user who did not ask for it."""
+
+import types
+import warnings
+
+import pytest
+import torch
+from attention_cases import qkv
+
+from bertkd import functional
+from bertkd.ops import chunked, dispatch, verify
+
+OPS = {
+    "relation_kl": 4,
+    "self_relation_kl": 2,
+    "attention_mse": 4,
+    "hidden_mse": 2,
+    "hidden_cosine": 2,
+    "softmax_kl": 2,
+    "hidden_proj_mse": 3,
+    "hidden_combine_mse": 3,
+    "linear_kl": 4,
+}
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """A pretended implementation for CPUs: chunked, with one function replaceable."""
+    module = types.SimpleNamespace(
+        **{name: getattr(chunked, name) for name in chunked.__all__},
+        unavailable=lambda: None,
+        refusal=lambda op, tensors: None,
+    )
+    real = dispatch.implementation
+    for user in (dispatch, verify):
+        monkeypatch.setattr(
+            user, "implementation", lambda impl: module if impl == "fast" else real(impl)
+        )
+    monkeypatch.setattr(dispatch, "PREFERRED", {"cpu": "fast"})
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(verify, "_verdicts", {})
+    return module
+
+
+def test_auto_prefers_the_fast_one_and_says_why_not(fast):
+    tensors = [torch.randn(1, 1, 4, 8)] * 4
+    assert dispatch.resolve("relation_kl", "auto", tensors).impl == "fast"
+    fast.refusal = lambda op, tensors: "its head width is odd"
+    choice = dispatch.resolve("relation_kl", "auto", tensors)
+    assert choice == ("chunked", "the portable default; fast is out: its head width is odd")
+    fast.unavailable = lambda: "it is not built"
+    assert "it is not built" in dispatch.resolve("relation_kl", "auto", tensors).reason
+    with pytest.raises(ValueError, match="impl='fast' cannot run relation_kl: it is not built"):
+        dispatch.resolve("relation_kl", "fast", tensors)
+    assert (
+        dispatch.resolve("relation_kl", "auto", [torch.empty(1, device="meta")]).impl == "chunked"
+    )
+
+
+def test_the_environment_overrides_auto_but_not_an_argument(monkeypatch):
+    monkeypatch.setenv("BERTKD_IMPL", "chunked")
+    assert dispatch.requested("relation_kl") == "chunked"
+    assert dispatch.requested("relation_kl", "eager") == "eager"
+    with pytest.raises(ValueError, match="impl='chunked' does not implement min_prob"):
+        dispatch.requested("relation_kl", eager_only="min_prob")
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_a_right_kernel_passes_its_check_once(op, fast, monkeypatch):
+    compared = []
+    real = verify.compare
+    monkeypatch.setattr(verify, "compare", lambda *a: compared.append(a) or real(*a))
+    dims = 4 if "relation" in op or op == "attention_mse" else 2
+    tensors = [torch.randn([2] * (dims - 1) + [8]) for _ in range(OPS[op])]
+    for _ in range(3):
+        assert verify.disagreement(op, "fast", tensors) is None
+    assert len(compared) == 1
+    verify.disagreement(op, "fast", [x.half() for x in tensors])
+    assert len(compared) == 2
+
+
+@pytest.mark.parametrize("fault", ["value", "gradient", "nan", "crash"])
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_a_wrong_kernel_is_kept_away_with_a_warning(op, fault, fast):
+    right = getattr(chunked, f"{op}_fwd_bwd")
+
+    def wrong(*args):
+        loss, *grads = right(*args)
+        first = grads[0][0] if isinstance(grads[0], list) else grads[0]
+        if fault == "crash":
+            raise RuntimeError("no kernel image")
+        if fault == "value":
+            loss = loss * 1.001
+        elif fault == "gradient":
+            first[0] *= 1.01
+        else:
+            first.fill_(float("nan"))
+        return loss, *grads
+
+    setattr(fast, f"{op}_fwd_bwd", wrong)
+    dims = 4 if "relation" in op or op == "attention_mse" else 2
+    tensors = [torch.randn([2] * (dims - 1) + [8]) for _ in range(OPS[op])]
+    with pytest.warns(RuntimeWarning, match=f"does not use impl='fast' for {op}"):
+        problem = verify.disagreement(op, "fast", tensors)
+    assert ("no kernel image" if fault == "crash" else "off by") in problem
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verify.disagreement(op, "fast", tensors) == problem
+
+
+def test_the_self_relation_is_its_general_form_with_both_gradients_added():
+    (x_s, _), (x_t, _) = qkv(2, 3, 40, 8, seed=0), qkv(2, 3, 40, 8, seed=1)
+    for reduction in ("mean", "none"):
+        results = []
+        for b_s in ("itself", "a copy"):
+            x = x_s.clone().requires_grad_()
+            b = x if b_s == "itself" else x.clone()
+            loss = functional.relation_kl(x, b, x_t, x_t, reduction=reduction, impl="chunked")
+            results.append((loss.detach(), torch.autograd.grad((loss * 3).sum(), x)[0]))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
