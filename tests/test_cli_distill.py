@@ -36,6 +36,25 @@ def test_finetuned_teacher_has_learnt_and_is_a_plain_checkpoint(place):
     assert "text-classification" in (place["root"] / "teacher/model/README.md").read_text()
 
 
+def test_a_task_that_the_hub_does_not_give_is_one_line_and_code_2(
+    place, tmp_path, capsys, monkeypatch
+):
+    import datasets
+
+    def fails(path, config):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    words = ["--model", place["model"], "--recipe", "rte", "--output_dir", str(tmp_path / "out")]
+    assert main(["finetune", *words]) == 2
+    text = capsys.readouterr().err
+    assert (
+        "cannot load nyu-mll/glue/rte from the hub (ConnectionError: no network); pass glue_dir="
+        in text
+    )
+    assert "Traceback" not in text
+
+
 def test_distill_from_start_to_a_loadable_student(place, tmp_path, capsys):
     out = tmp_path / "student"
     words = ["--task", place["task"], "--objective", "kd + att_kl", "--steps", "30", "--lr", "3e-3"]

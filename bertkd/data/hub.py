@@ -33,14 +33,14 @@ def load_hub_tables(path: str, config: str | None = None, *, hint: str = "") -> 
 
     Raises:
         ModuleNotFoundError: ``datasets`` is not installed.
-        RuntimeError: the data set cannot be loaded, for whatever reason the library has.
+        OSError: the data set cannot be loaded, for whatever reason the library has.
     """
     library = import_datasets()
     name = f"{path}/{config}" if config else path
     try:
         loaded = library.load_dataset(path, config)
     except Exception as error:  # the library's errors share no base class
-        raise RuntimeError(
+        raise OSError(
             f"cannot load {name} from the hub ({type(error).__name__}: {error})"
             + (f"; {hint}" if hint else "")
         ) from error
