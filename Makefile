@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 1
 BIN := $(VENV)/bin
+# Narrow a benchmark, give it minutes, name the commit to compare with: make bench SELECT="relation_kl,L=512"
+SELECT ?=
+MINUTES ?= 7
+BASE ?= HEAD
+SELECTED = $(if $(SELECT),--select "$(SELECT)")
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench bench-compare kernels-report gpu gpu-build gpu-test gpu-bench clean
 
 demo: $(VENV)/.demo  ## distil a real sentence encoder to half its depth, with a table, plots and a checkpoint
 	$(BIN)/bertkd demo --seeds $(SEEDS) --output_dir runs/demo
@@ -18,12 +23,26 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## chunked against eager on this machine's CPU
-	$(BIN)/python benchmarks/relation_kl.py
-	$(BIN)/python benchmarks/training_step.py
+bench: $(VENV)/.dev  ## bertkd against PyTorch and other packages, on this machine
+	$(BIN)/python -m bertkd.bench $(SELECTED)
 
-gpu:  ## on a GPU machine that already has torch and transformers; needs no network
+bench-compare: $(VENV)/.dev  ## this tree against the commit BASE, case by case; fails where it is slower
+	$(BIN)/python -m bertkd.bench compare --base $(BASE) $(SELECTED)
+
+kernels-report: $(VENV)/.dev  ## registers, spills, shared memory and instructions of every Triton kernel; needs no GPU
+	$(BIN)/python benchmarks/kernels_report --jobs 2
+
+# On a GPU machine that already has torch, triton and transformers; needs no network. About ten minutes in all.
+gpu: gpu-build gpu-test gpu-bench
+
+gpu-build:  ## csrc for the GPU of this machine alone
+	BERTKD_CUDA_ARCHS=native $(PYTHON) setup.py build_ext --inplace
+
+gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_*gpu.py $(ARGS)
+
+gpu-bench:
+	PYTHONPATH=. $(PYTHON) -m bertkd.bench --device cuda --budget_minutes $(MINUTES) $(SELECTED)
 
 # torch first and pinned, so that no other package's range decides which build is fetched.
 $(VENV)/.torch: constraints.txt
@@ -32,13 +51,18 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo]"
+# The CUDA part has compile tests of its own; for six architectures it would double the installation's time.
+INSTALL := BERTKD_BUILD=$${BERTKD_BUILD:-cpu} $(BIN)/pip install --quiet -c constraints.txt
+
+SOURCES := pyproject.toml setup.py $(wildcard build_support/*.py csrc/*.* csrc/cpu/* csrc/cuda/*)
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) -e ".[demo]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) -e ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) build dist runs *.egg-info bertkd/_C.*.so bertkd/_build_info.json

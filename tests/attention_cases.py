@@ -35,5 +35,6 @@ def value_and_grads(loss, student, *args, **options):
     """The loss, reduced against fixed weights, and its gradients with respect to the student's tensors."""
     student = [x.detach().requires_grad_() for x in student]
     value = loss(*student, *args, **options)
-    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape)
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device)
+    weights = weights.view(value.shape)
     return [value.detach(), *torch.autograd.grad((value * weights).sum(), student)]

@@ -1,12 +1,6 @@
 """The shape of the repository: what would break an installation or a neighbour's import."""
 
-import re
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,34 +9,6 @@ def test_kernels_is_no_package_and_reaches_the_package_by_a_link():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "bertkd" / "kernels").is_symlink()
     assert (ROOT / "bertkd" / "kernels").resolve() == ROOT / "kernels"
-
-
-def test_wheel_installs_bertkd_and_nothing_else(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "-w",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if (
-        result.returncode
-        and "setuptools" in result.stderr
-        and "No matching distribution" in result.stderr
-    ):
-        pytest.skip("the build requirements cannot be fetched without a package index")
-    assert result.returncode == 0, result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"bertkd"}
-    assert "bertkd/py.typed" in names
-    assert any(re.fullmatch(r"bertkd/recipes/.*\.yaml", name) for name in names)
 
 
 def test_source_files_stay_short():

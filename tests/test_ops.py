@@ -107,6 +107,21 @@ def test_autocast_does_not_lower_the_precision():
             torch.testing.assert_close(loss, plain)
 
 
+def test_a_graph_may_be_walked_twice_and_its_gradients_belong_to_the_caller():
+    student, teacher = qkv(2, 2, 16, 4, seed=0), qkv(2, 2, 16, 4, seed=1)
+    q, k = (x.detach().requires_grad_() for x in student)
+    loss = functional.attention_kl(q, k, *teacher) * 3
+    first = torch.autograd.grad(loss, [q, k], retain_graph=True)
+    kept = [x.clone() for x in first]
+    for grad in first:
+        grad.zero_()
+    second = torch.autograd.grad(loss * 2, [q, k])
+    for once, twice in zip(kept, second, strict=True):
+        torch.testing.assert_close(twice, once * 2)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, [q, k])
+
+
 def test_deterministic_bit_by_bit():
     student, teacher = qkv(4, 3, 70, 8, seed=0), qkv(4, 3, 70, 8, seed=1)
 

@@ -23,7 +23,10 @@ def prepare(config: Config) -> Callable[[], None]:
 
 def report() -> str:
     """Versions, devices and implementations, one per line."""
-    lines = ["versions", *_versions(), "", "devices", *_devices(), "", "implementations"]
+    from bertkd import _build
+
+    lines = ["versions", *_versions(), "", "devices", *_devices(), "", "native build"]
+    lines += [*(f"  {line}" for line in _build.lines()), "", "implementations"]
     return "\n".join([*lines, *_implementations(), "", "losses", *_losses()])
 
 
@@ -57,7 +60,12 @@ def _devices() -> list[str]:
 def _implementations() -> list[str]:
     from bertkd.ops.dispatch import IMPLS, unavailable
 
-    return _aligned({impl: _state(unavailable(impl)) for impl in IMPLS})
+    found = {impl: _state(unavailable(impl)) for impl in IMPLS}
+    if found["native"] == "on":
+        from bertkd.ops.native import isa
+
+        found["native"] += f", {isa()}"
+    return _aligned(found)
 
 
 def _losses() -> list[str]:

@@ -36,11 +36,18 @@ def _flatten(args: Sequence[Arg]) -> tuple[list[Any], tuple[int, ...]]:
     return flat, tuple(groups)
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+def _scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     """``grad * factor`` rounded once: a loss scale of 65536 does not fit in float16."""
     if grad.dtype in (torch.float16, torch.bfloat16):
         return (grad.float() * factor).to(grad.dtype)
-    return grad * factor
+    return grad.mul_(factor) if in_place else grad * factor
+
+
+def _is_last_visit() -> bool:
+    """Whether the graph is freed after this backward, so that what it saved may be overwritten."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _place(grads: Sequence[Any], wrt: Sequence[int], args: Sequence[Any]) -> list[Tensor | None]:
@@ -65,7 +72,9 @@ class SumLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        grads = [None if g is None else _scaled(g, grad_loss) for g in ctx.saved_tensors]
+        # A gradient is as large as its tensor: a copy of each would cost memory, and time to fault it in.
+        last = _is_last_visit()
+        grads = [None if g is None else _scaled(g, grad_loss, last) for g in ctx.saved_tensors]
         return None, None, None, None, None, *grads
 
 

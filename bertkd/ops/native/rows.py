@@ -1,0 +1,67 @@
+"""Launchers of hidden_mse and softmax_kl: rows of states or logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bertkd.ops.native.library import empty_rows, kernels, rows, unit_stride
+
+
+def hidden_mse_fwd_bwd(
+    row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """``sum_k sum_i w_i |h_s[k]_i - h_t[k]_i|^2`` over states of (N, d), and its gradients, in one launch."""
+    students, teachers = [unit_stride(x) for x in h_s], [unit_stride(x) for x in h_t]
+    row_weight = row_weight.float()
+    outputs = [empty_rows(x) for x in h_s]
+    # A tensor without elements has no address.
+    if row_weight.numel() == 0:
+        return torch.zeros((), dtype=torch.float32), [grad for grad, _ in outputs]
+    loss = torch.empty((), dtype=torch.float32)
+    kernels().hidden_mse_fwd_bwd(
+        row_weight.shape[0],
+        (row_weight.data_ptr(), row_weight.stride(0)),
+        [rows(x) for x in students],
+        [rows(x) for x in teachers],
+        [rows(written) for _, written in outputs],
+        loss.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return loss, [g if g is written else g.copy_(written) for g, written in outputs]
+
+
+def softmax_kl_rows(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(z_t / T) || softmax(z_s / T)) of every row: (N, C) -> (N,)."""
+    z_s, z_t = unit_stride(z_s), unit_stride(z_t)
+    out = torch.empty(z_s.shape[0], dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    kernels().softmax_kl_rows(
+        z_s.shape[0], rows(z_s), rows(z_t), temperature, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def softmax_kl_fwd_bwd(
+    row_weight: Tensor, z_s: Tensor, z_t: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """``sum(row_weight * KL)`` and its gradient ``row_weight (P_s - P_t) / T``."""
+    grad, written = empty_rows(z_s)
+    z_s, z_t, row_weight = unit_stride(z_s), unit_stride(z_t), row_weight.float()
+    if row_weight.numel() == 0:
+        return torch.zeros((), dtype=torch.float32), grad
+    loss = torch.empty((), dtype=torch.float32)
+    kernels().softmax_kl_fwd_bwd(
+        z_s.shape[0],
+        (row_weight.data_ptr(), row_weight.stride(0)),
+        rows(z_s),
+        rows(z_t),
+        temperature,
+        loss.data_ptr(),
+        rows(written),
+        torch.get_num_threads(),
+    )
+    return loss, grad if grad is written else grad.copy_(written)

@@ -1,0 +1,128 @@
+// The public functions: check, choose the instruction set, run. Also the only allocation.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "../bertkd.h"
+#include "checks.h"
+#include "kernels.h"
+
+namespace bertkd {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool runs_here;
+};
+
+// Best first.
+const Candidate* candidates(int* count) {
+#if defined(__x86_64__)
+  static const Candidate all[] = {
+      {&kKernelsAvx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512dq")},
+      {&kKernelsAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c")},
+      {&kKernelsPortable, true},
+  };
+#else
+  static const Candidate all[] = {{&kKernelsPortable, true}};
+#endif
+  *count = static_cast<int>(sizeof all / sizeof *all);
+  return all;
+}
+
+const Kernels* find(const char* name, const char* source) {
+  int count;
+  const Candidate* all = candidates(&count);
+  for (int i = 0; i < count; ++i)
+    if (all[i].runs_here && (name == nullptr || std::strcmp(name, all[i].kernels->name) == 0))
+      return all[i].kernels;
+  throw std::invalid_argument(std::string(source) + " '" + name +
+                              "' is not one that this build and processor can run: " + cpu_isas() +
+                              ".");
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* now = chosen.load();
+  if (now == nullptr) {
+    const char* wish = std::getenv("BERTKD_CPU_ISA");
+    now = find(wish && *wish ? wish : nullptr, "BERTKD_CPU_ISA");
+    chosen.store(now);
+  }
+  return *now;
+}
+
+bool is_empty(const Attention& args) {
+  if (args.batch && args.heads && args.length) return false;
+  if (args.weights.data) *args.loss = 0.f;
+  return true;
+}
+
+}  // namespace
+
+void* allocate(int64_t bytes) {
+  constexpr int64_t line = 64;
+  void* memory = std::aligned_alloc(line, static_cast<size_t>((bytes + line) / line * line));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory) noexcept { std::free(memory); }
+
+const char* cpu_isa() { return kernels().name; }
+
+void select_cpu_isa(const char* name) { chosen.store(find(name, "instruction set")); }
+
+const char* cpu_isas() {
+  static const std::string names = [] {
+    std::string joined;
+    int count;
+    const Candidate* all = candidates(&count);
+    for (int i = 0; i < count; ++i)
+      if (all[i].runs_here)
+        joined += (joined.empty() ? "" : ",") + std::string(all[i].kernels->name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+void relation_kl(const Attention& args) {
+  check_attention("relation_kl", args, Relation::kPair);
+  if (!is_empty(args)) kernels().relation_kl(args, Relation::kPair);
+}
+
+void self_relation_kl(const Attention& args) {
+  check_attention("self_relation_kl", args, Relation::kSelf);
+  if (!is_empty(args)) kernels().relation_kl(args, Relation::kSelf);
+}
+
+void attention_mse(const Attention& args) {
+  check_attention("attention_mse", args, Relation::kPair);
+  if (!is_empty(args)) kernels().attention_mse(args);
+}
+
+void hidden_mse(const HiddenMse& args) {
+  check_hidden_mse(args);
+  *args.loss = 0.f;
+  if (args.states && args.rows) kernels().hidden_mse(args);
+}
+
+void softmax_kl(const SoftmaxKl& args) {
+  check_softmax_kl(args);
+  if (args.weights) *args.loss = 0.f;
+  if (args.rows) kernels().softmax_kl(args);
+}
+
+void exp2(const float* x, float* out, int64_t count) {
+  check_exp2(x, out, count);
+  kernels().exp2(x, out, count);
+}
+
+}  // namespace bertkd

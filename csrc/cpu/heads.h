@@ -1,0 +1,124 @@
+// What relation_kl and attention_mse share: which keys and rows take part, and packing them as
+// fp32.
+//
+// Pads and rows without weight are left out when a head is packed, wherever they stand: the inner
+// loops see only real keys and rows that count, without any mask.
+#pragma once
+
+#include "convert.h"
+#include "gemm.h"
+
+namespace bertkd {
+namespace BERTKD_ISA {
+namespace {
+
+// Memory handed out piece by piece, every piece on a cache line of its own. Without a base it only
+// counts, so that one constructor of buffers says both how much to allocate and what lies where.
+struct Arena {
+  char* base = nullptr;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+inline const char* row_of(const Heads& x, int64_t b, int64_t h, int64_t i) {
+  return static_cast<const char*>(x.data) +
+         (b * x.stride_b + h * x.stride_h + i * x.stride_l) * bytes_of(x.dtype);
+}
+
+inline char* row_to(const Heads& x, int64_t b, int64_t h, int64_t i) {
+  return const_cast<char*>(row_of(x, b, h, i));
+}
+
+// Positions of the real keys of sequence b.
+inline int64_t list_keys(const Attention& args, int64_t b, int32_t* keys) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < args.length; ++j) {
+    if (args.mask.data && !args.mask.data[b * args.mask.stride_b + j * args.mask.stride_l])
+      continue;
+    keys[count++] = static_cast<int32_t>(j);
+  }
+  return count;
+}
+
+inline float weight_of(const Attention& args, int64_t b, int64_t h, int64_t i) {
+  const RowWeights& w = args.weights;
+  return w.data ? w.data[b * w.stride_b + h * w.stride_h + i * w.stride_l] : 1.f;
+}
+
+// Positions of the rows of (b, h) with a weight other than 0.
+inline int64_t list_rows(const Attention& args, int64_t b, int64_t h, int32_t* rows) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < args.length; ++i)
+    if (weight_of(args, b, h, i) != 0.f) rows[count++] = static_cast<int32_t>(i);
+  return count;
+}
+
+// to[r][0..ld) = row index[r] of head (b, h), zeros beyond its width and beyond `count` up to
+// `padded` rows.
+inline void pack_rows(const Heads& x, int64_t b, int64_t h, const int32_t* index, int64_t count,
+                      int64_t padded, float* to, int64_t ld) {
+  for (int64_t r = 0; r < padded; ++r) {
+    int64_t d = 0;
+    if (r < count) widen(row_of(x, b, h, index[r]), x.dtype, d = x.width, to + r * ld);
+    for (; d < ld; ++d) to[r * ld + d] = 0.f;
+  }
+}
+
+// The first `panels` panels of columns of (count x ld): to[p][r][0..kPanel), times factor[r] if
+// given.
+inline void panel_columns(const float* rows, int64_t count, int64_t ld, int64_t panels,
+                          const float* factor, float* to) {
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t r = 0; r < count; ++r, to += kPanel) {
+      const Vec x = splat(factor ? factor[r] : 1.f);
+      store(to, load(rows + r * ld + p * kPanel) * x);
+      store(to + kLanes, load(rows + r * ld + p * kPanel + kLanes) * x);
+    }
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Eight rows become eight columns, in registers.
+inline void transpose_block(const float* from, int64_t ld, float* to) {
+  Vec r[8], s[8];
+  for (int i = 0; i < 8; ++i) r[i] = load(from + i * ld);
+  for (int i = 0; i < 4; ++i) {
+    s[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    s[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j) {
+      const Vec low = s[4 * i + j], high = s[4 * i + j + 2];
+      r[4 * i + 2 * j] = _mm256_shuffle_ps(low, high, _MM_SHUFFLE(1, 0, 1, 0));
+      r[4 * i + 2 * j + 1] = _mm256_shuffle_ps(low, high, _MM_SHUFFLE(3, 2, 3, 2));
+    }
+  for (int i = 0; i < 4; ++i) {
+    store(to + i * kPanel, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    store(to + (i + 4) * kPanel, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#else
+inline void transpose_block(const float* from, int64_t ld, float* to) {
+  for (int d = 0; d < kLanes; ++d)
+    for (int j = 0; j < kLanes; ++j) to[d * kPanel + j] = from[j * ld + d];
+}
+#endif
+
+// From rows (padded x ld; padded a multiple of kPanel) to panels of rows: to[p][d][0..kPanel), d <
+// width. Writes up to round_up(width, kLanes) lines of the last panel.
+inline void panel_rows(const float* rows, int64_t padded, int64_t ld, int64_t width, float* to) {
+  for (int64_t p = 0; p < padded; p += kPanel, to += width * kPanel)
+    for (int64_t d = 0; d < width; d += kLanes) {
+      transpose_block(rows + p * ld + d, ld, to + d * kPanel);
+      transpose_block(rows + (p + kLanes) * ld + d, ld, to + d * kPanel + kLanes);
+    }
+}
+
+}  // namespace
+}  // namespace BERTKD_ISA
+}  // namespace bertkd

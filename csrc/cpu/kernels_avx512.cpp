@@ -1,0 +1,23 @@
+// Empty where the processor is no x86: the file may then be compiled without its flags.
+#if defined(__x86_64__)
+#define BERTKD_ISA avx512
+
+#include "attention_mse.inc"
+#include "exp2.inc"
+#include "hidden_mse.inc"
+#include "relation_kl.inc"
+#include "softmax_kl.inc"
+
+namespace bertkd {
+
+const Kernels kKernelsAvx512 = {
+    "avx512",
+    avx512::run_relation_kl,
+    avx512::run_attention_mse,
+    avx512::run_hidden_mse,
+    avx512::run_softmax_kl,
+    avx512::run_exp2,
+};
+
+}  // namespace bertkd
+#endif

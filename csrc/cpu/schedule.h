@@ -1,0 +1,151 @@
+// How the heads of an attention op are cut, given to threads, and brought together again.
+#pragma once
+
+#include <omp.h>
+
+#include "heads.h"
+#include "kernels.h"
+
+namespace bertkd {
+namespace BERTKD_ISA {
+namespace {
+
+// Both sides' scores in flight, in floats: together with the packed keys they stay in an L2 of 512
+// KiB.
+constexpr int64_t kScoreFloats = 1 << 16;
+
+// Starting threads costs some microseconds: below about a million operations one thread is done
+// sooner.
+inline int worth_threads(int threads, double operations) {
+  return operations < 1 << 20 ? 1 : threads;
+}
+
+// The next odd number of cache lines: walking down a column must not fall on few cache sets.
+inline int64_t odd_lines(int64_t floats) {
+  const int64_t lines = (floats + 15) / 16;
+  return (lines % 2 ? lines : lines + 1) * 16;
+}
+
+// Rows of scores per block, as equal as possible and a multiple of the register tile.
+inline int64_t block_rows(int64_t length, int64_t ld_score) {
+  int64_t rows = kScoreFloats / (2 * ld_score);
+  // Very long rows leave L2 anyway; then a block amortises reading and writing the keys' gradient.
+  if (rows < 4 * kTileRows) rows = 4 * kTileRows;
+  const int64_t blocks = (length + rows - 1) / rows;
+  return round_up((length + blocks - 1) / blocks, kTileRows);
+}
+
+// Into how many parts the rows of a head are cut, so that every thread has some.
+inline int64_t head_parts(const Attention& args, int threads, int64_t blocks) {
+  const int64_t heads = args.batch * args.heads, pieces = threads == 1 ? 1 : 2 * threads;
+  const int64_t parts = (pieces + heads - 1) / heads;
+  return parts < blocks ? parts : blocks;
+}
+
+inline void fill_zero(float* to, int64_t count) {
+  __builtin_memset(to, 0, static_cast<std::size_t>(count) * sizeof(float));
+}
+
+inline void add_scaled(const float* from, float factor, int64_t count, float* to) {
+  for (int64_t d = 0; d < count; d += kLanes)
+    store(to + d, fma(load(from + d), splat(factor), load(to + d)));
+}
+
+// Rows that no block visits: without weight, or (`all`) without any key.
+inline void zero_skipped_rows(const Attention& args, int64_t b, int64_t h, bool all,
+                              bool gradient_is_summed) {
+  for (int64_t i = 0; i < args.length; ++i) {
+    if (!all && weight_of(args, b, h, i) != 0.f) continue;
+    if (!args.weights.data)
+      args.rows[(b * args.heads + h) * args.length + i] = 0.f;
+    else if (!gradient_is_summed)
+      __builtin_memset(row_to(args.grad_a, b, h, i), 0,
+                       static_cast<std::size_t>(args.a_s.width * bytes_of(args.grad_a.dtype)));
+  }
+}
+
+// The gradient of the n packed keys of a head, times factor: added to `sum` by position, or, where
+// there is none, written to its place. Pads get 0.
+inline void deliver_keys(const Attention& args, int64_t b, int64_t h, const int32_t* keys,
+                         int64_t n, const float* grad, int64_t ld, float factor, float* sum) {
+  const int64_t width = args.b_s.width;
+  int64_t next = 0;
+  for (int64_t j = 0; j < args.length; ++j) {
+    const bool real = next < n && keys[next] == j;
+    const float* from = grad + next * ld;
+    next += real;
+    if (sum && real) add_scaled(from, factor, ld, sum + j * ld);
+    if (sum) continue;
+    char* to = row_to(args.grad_b, b, h, j);
+    if (real)
+      narrow(from, factor, width, args.grad_b.dtype, to);
+    else
+      __builtin_memset(to, 0, static_cast<std::size_t>(width * bytes_of(args.grad_b.dtype)));
+  }
+}
+
+// The gradient of a head from the sums of its parts, added in order.
+inline void write_head(const Attention& args, int64_t head, float* sums, int64_t parts, int64_t ld,
+                       const Heads& to) {
+  const int64_t size = args.length * ld;
+  for (int64_t part = 1; part < parts; ++part) add_scaled(sums + part * size, 1.f, size, sums);
+  for (int64_t i = 0; i < args.length; ++i)
+    narrow(sums + i * ld, 1.f, args.a_s.width, to.dtype,
+           row_to(to, head / args.heads, head % args.heads, i));
+}
+
+// How the heads of a call are worked on.
+struct HeadJob {
+  int threads;
+  int64_t parts;  // pieces of a head
+  bool summed;    // whether its gradient is summed by position before it is written
+  Heads to;       // where to
+  int64_t ld;     // width of a row of sums
+};
+
+// Runs visit(buffers, head, part) -> loss for every part of every head and writes the loss and the
+// summed gradients. `carve` lays a thread's buffers out in an arena; their `sum` is set here.
+template <class Carve, class Visit>
+void run_heads(const Attention& args, const HeadJob& job, const Carve& carve, const Visit& visit) {
+  const int64_t heads = args.batch * args.heads, items = heads * job.parts;
+  const int threads = job.threads < items ? job.threads : static_cast<int>(items);
+  const int64_t size = job.summed ? args.length * job.ld : 0;
+  // Where a head has one part its sum lives as long as the visit and belongs to the thread.
+  const bool split = job.parts > 1;
+  Arena layout;
+  carve(layout);
+  if (!split) layout.take<float>(size);
+  const int64_t each = layout.used;
+  layout.used = each * threads;
+  layout.take<double>(items);
+  if (split) layout.take<float>(items * size);
+  Arena shared{static_cast<char*>(allocate(layout.used)), each * threads};
+  double* losses = shared.take<double>(items);
+  float* sums = split ? shared.take<float>(items * size) : nullptr;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Arena mine{shared.base + omp_get_thread_num() * each, 0};
+    auto buffers = carve(mine);
+    float* own = split ? nullptr : mine.take<float>(size);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < items; ++item) {
+      buffers.sum = !job.summed ? nullptr : split ? sums + item * size : own;
+      if (job.summed) fill_zero(buffers.sum, size);
+      losses[item] = visit(buffers, item / job.parts, item % job.parts);
+      if (job.summed && !split) write_head(args, item, own, 1, job.ld, job.to);
+    }
+    if (job.summed && split) {
+#pragma omp for schedule(static)
+      for (int64_t head = 0; head < heads; ++head)
+        write_head(args, head, sums + head * job.parts * size, job.parts, job.ld, job.to);
+    }
+  }
+  double loss = 0.;
+  for (int64_t item = 0; item < items; ++item) loss += losses[item];
+  if (args.weights.data) *args.loss = static_cast<float>(loss);
+  release(shared.base);
+}
+
+}  // namespace
+}  // namespace BERTKD_ISA
+}  // namespace bertkd

@@ -1,0 +1,172 @@
+"""The native softmax_kl and hidden_mse against the float64 reference, on every instruction set of this machine."""
+
+import pytest
+import torch
+from attention_cases import value_and_grads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_cases import ISAS, LOW, assert_close, machine, needs_native
+from oracle import relative
+
+from bertkd import functional, reference
+from bertkd.ops import native
+
+pytestmark = needs_native
+
+
+def pair(rows, width, *, seed, dtypes=(torch.float32, torch.float32), spread=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(rows, width, generator=generator) * spread).to(dtype) for dtype in dtypes]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    isa=st.sampled_from(ISAS or ["none"]),
+    threads=st.sampled_from([1, 2]),
+    rows=st.integers(1, 40),
+    classes=st.one_of(st.integers(1, 130), st.integers(1, 5000)),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, *LOW])] * 2),
+    masked=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    temperature=st.sampled_from([0.5, 1.0, 4.0]),
+    seed=st.integers(0, 99),
+)
+def test_softmax_kl_equals_reference(
+    isa, threads, rows, classes, dtypes, masked, reduction, temperature, seed
+):
+    z_s, z_t = pair(rows, classes, seed=seed, dtypes=dtypes)
+    mask = (torch.arange(rows) % 3 != 1).long() if masked else None
+    options = {"temperature": temperature, "reduction": reduction, "t_squared": True}
+    expected = value_and_grads(
+        functional.softmax_kl, [z_s.double()], z_t.double(), mask, impl="eager", **options
+    )
+    with machine(isa, threads):
+        actual = value_and_grads(functional.softmax_kl, [z_s], z_t, mask, impl="native", **options)
+    assert actual[1].dtype == dtypes[0]
+    assert_close(actual[:1], expected[:1], rows * temperature**2)
+    if dtypes[0] == torch.float32:
+        assert_close(actual[1:], expected[1:], temperature)
+    else:
+        rounding = 1e-3 if dtypes[0] == torch.float16 else 8e-3
+        floor = 2e-6 + 3e-8 * expected[1].numel() ** 0.5
+        error = (actual[1].double() - expected[1]).norm()
+        assert error <= (rounding * expected[1].norm() + floor) * max(1.0, temperature)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    isa=st.sampled_from(ISAS or ["none"]),
+    threads=st.sampled_from([1, 2]),
+    states=st.integers(1, 3),
+    rows=st.integers(1, 100),
+    width=st.one_of(st.integers(1, 40), st.integers(500, 1100)),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, *LOW])] * 2),
+    seed=st.integers(0, 99),
+)
+def test_hidden_mse_equals_reference(isa, threads, states, rows, width, dtypes, seed):
+    sides = list(
+        zip(*(pair(rows, width, seed=seed + k, dtypes=dtypes) for k in range(states)), strict=True)
+    )
+    weight = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) - 0.2
+    double = [[x.double().requires_grad_() for x in side] for side in sides]
+    loss = sum(
+        (reference.hidden_mse_rows(s, t) * weight.double()).sum()
+        for s, t in zip(*double, strict=True)
+    )
+    expected = [loss.detach(), *torch.autograd.grad(loss, double[0])]
+    with machine(isa, threads):
+        value, grads = native.hidden_mse_fwd_bwd(weight, *map(list, sides))
+    # The terms may cancel, so the error is relative to their sum of sizes.
+    size = sum((s - t).square().sum() for s, t in zip(*double, strict=True)).item()
+    assert abs(value.item() - expected[0].item()) <= 1e-6 * size
+    for got, want in zip(grads, expected[1:], strict=True):
+        assert got.dtype == dtypes[0]
+        rounding = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtypes[0]]
+        assert relative(got, want) <= rounding
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("classes", [1, 7, 64, 1000, 30522])
+def test_equal_logits_and_states_give_exactly_zero(classes, dtype, isa, poisoned):
+    (z,) = pair(4, classes, seed=0, dtypes=(dtype,))
+    weight = torch.rand(4)
+    with machine(isa):
+        for result in native.softmax_kl_fwd_bwd(weight, z, z.clone(), 2.0):
+            assert (result == 0).all()
+        assert (native.softmax_kl_rows(z, z.clone(), 2.0) == 0).all()
+        loss, (grad,) = native.hidden_mse_fwd_bwd(weight, [z], [z.clone()])
+    assert loss == 0
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_huge_logits_make_no_nan_and_a_common_shift_nothing(dtype, isa):
+    z_s, z_t = pair(6, 500, seed=0, dtypes=(dtype, torch.float32), spread=1e4)
+    expected = reference.softmax_kl_rows(z_s.double(), z_t.double())
+    with machine(isa):
+        rows = native.softmax_kl_rows(z_s, z_t, 1.0)
+        torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=0)
+        _, grad = native.softmax_kl_fwd_bwd(torch.ones(6), z_s, z_t, 1.0)
+        assert torch.isfinite(grad).all()
+        z_s, z_t = pair(6, 500, seed=0)
+        plain = native.softmax_kl_rows(z_s, z_t, 1.0)
+        shifted = native.softmax_kl_rows(z_s, z_t + 1024.0, 1.0)
+    torch.testing.assert_close(shifted, plain, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_without_weight_are_not_read(isa, poisoned):
+    z_s, z_t = pair(5, 100, seed=0)
+    z_s[2] = float("nan")
+    weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0])
+    with machine(isa):
+        loss, grad = native.softmax_kl_fwd_bwd(weight, z_s, z_t, 1.0)
+        assert torch.isfinite(loss)
+        assert torch.isfinite(grad).all()
+        assert (grad[2] == 0).all()
+        # A NaN that counts is seen.
+        assert native.softmax_kl_rows(z_s, z_t, 1.0)[2].isnan()
+
+
+def test_strided_rows_and_expanded_weights():
+    wide_s, wide_t = pair(6, 300, seed=0)
+    weight = torch.tensor(0.7).expand(6)
+    z_s, z_t = wide_s[:, 40:170], wide_t[::2, ::2][:, :130].repeat(2, 1)
+    plain = native.softmax_kl_fwd_bwd(weight.contiguous(), z_s.contiguous(), z_t, 1.5)
+    for got, want in zip(native.softmax_kl_fwd_bwd(weight, z_s, z_t, 1.5), plain, strict=True):
+        assert torch.equal(got, want)
+    column = torch.randn(130, 6).T
+    loss, grad = native.softmax_kl_fwd_bwd(weight, column, z_t, 1.5)
+    assert grad.stride() == column.stride()
+    want = native.softmax_kl_fwd_bwd(weight, column.contiguous(), z_t, 1.5)
+    assert loss == want[0]
+    assert torch.equal(grad, want[1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_run_is_repeated_bit_by_bit(isa):
+    z_s, z_t = pair(300, 1000, seed=0)
+    weight = torch.rand(300)
+    with machine(isa, 2):
+        first = native.softmax_kl_fwd_bwd(weight, z_s, z_t, 1.0)
+        state, (grad,) = native.hidden_mse_fwd_bwd(weight, [z_s], [z_t])
+        for _ in range(5):
+            again = native.softmax_kl_fwd_bwd(weight, z_s, z_t, 1.0)
+            assert torch.equal(again[0], first[0])
+            assert torch.equal(again[1], first[1])
+            loss, (g,) = native.hidden_mse_fwd_bwd(weight, [z_s], [z_t])
+            assert torch.equal(loss, state)
+            assert torch.equal(g, grad)
+
+
+def test_no_rows_and_no_states():
+    loss, grad = native.softmax_kl_fwd_bwd(torch.empty(0), *[torch.empty(0, 5)] * 2, 1.0)
+    assert loss == 0
+    assert grad.shape == (0, 5)
+    assert native.softmax_kl_rows(*[torch.empty(0, 5)] * 2, 1.0).shape == (0,)
+    assert (
+        native.hidden_mse_fwd_bwd(torch.empty(0), [torch.empty(0, 5)], [torch.empty(0, 5)])[0] == 0
+    )
+    assert native.hidden_mse_fwd_bwd(torch.ones(3), [], []) == (torch.zeros(()), [])
