@@ -10,17 +10,7 @@ from attention_cases import qkv
 from bertkd import functional
 from bertkd.ops import chunked, dispatch, verify
 
-OPS = {
-    "relation_kl": 4,
-    "self_relation_kl": 2,
-    "attention_mse": 4,
-    "hidden_mse": 2,
-    "hidden_cosine": 2,
-    "softmax_kl": 2,
-    "hidden_proj_mse": 3,
-    "hidden_combine_mse": 3,
-    "linear_kl": 4,
-}
+OPS = verify.TENSORS
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from types import ModuleType
 from jsonargparse import Namespace
 
 import bertkd
-from bertkd.cli import demo, distill, evaluate, finetune, info, topic
+from bertkd.cli import bench, demo, distill, evaluate, finetune, info, topic, tune, verify
 from bertkd.cli.parser import (
     USAGE_ERROR,
     CommandParser,
@@ -31,6 +31,9 @@ COMMANDS = {
     "distill": distill,
     "evaluate": evaluate,
     "info": info,
+    "verify": verify,
+    "bench": bench,
+    "tune": tune,
     "demo": demo,
 }
 STUDIES = {"topic": topic}

@@ -136,7 +136,7 @@ _OP_OF_LOSS = {
 
 # Shapes of an op's tensors as a base-sized BERT has them, for when nobody gives any.
 _HEADS, _STATES, _LOGITS, _DECODER = (8, 12, 128, 64), (1024, 768), (64, 30522), (30522, 768)
-_TYPICAL = {
+_TYPICAL: dict[str, list[tuple[int, ...]]] = {
     "relation_kl": [_HEADS] * 4,
     "self_relation_kl": [_HEADS] * 2,
     "attention_mse": [_HEADS] * 4,
@@ -147,6 +147,17 @@ _TYPICAL = {
     "softmax_kl": [_LOGITS] * 2,
     "linear_kl": [_STATES, _DECODER] * 2,
 }
+
+
+def op_of_loss(name: str) -> str:
+    """The op behind a loss, by its stem: ``"attention_kl"`` -> ``"relation_kl"``.
+
+    Raises:
+        ValueError: for a name that is neither a loss nor an op, suggesting the nearest.
+    """
+    if name not in _OP_OF_LOSS and name not in _TYPICAL:
+        raise unknown_name("loss", name, {*_OP_OF_LOSS, *_TYPICAL})
+    return _OP_OF_LOSS.get(name, name)
 
 
 def explain(
@@ -167,9 +178,7 @@ def explain(
         >>> explain("attention_kl", impl="eager")
         'attention_kl on cpu: eager (asked for as eager)'
     """
-    stem = _OP_OF_LOSS.get(op, op)
-    if stem not in _TYPICAL:
-        raise unknown_name("loss", op, {*_OP_OF_LOSS, *_TYPICAL})
+    stem = op_of_loss(op)
     # Nothing reads them, so memory is all they cost, and hardly that: pages that nobody touches.
     given = tensors or [torch.empty(shape, device=device) for shape in _TYPICAL[stem]]
     choice = resolve(stem, requested(op, impl), given)

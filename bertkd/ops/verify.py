@@ -12,6 +12,21 @@ from bertkd.ops.dispatch import implementation, warn_once
 
 # Rounding the inputs of a matrix product to half precision and its result once costs this much, relative.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Floating-point tensors of an op without biases and with one state a side, in order.
+TENSORS = {
+    "relation_kl": 4,
+    "self_relation_kl": 2,
+    "attention_mse": 4,
+    "hidden_mse": 2,
+    "hidden_proj_mse": 3,
+    "hidden_combine_mse": 3,
+    "hidden_cosine": 2,
+    "softmax_kl": 2,
+    "linear_kl": 4,
+}
+
+ATTENTION = ("relation_kl", "self_relation_kl", "attention_mse")
+
 # One length for every form of the attention kernels (whole heads of up to 64, 128, 256 tokens, tiles beyond), each
 # with a ragged edge: checking every length that a data set has would never end.
 CHECKED_LENGTHS, LONG = (61, 125, 253), 261
@@ -109,18 +124,25 @@ def random_case(
     raise ValueError(f"there is no random case for op {op!r}")
 
 
-def compare(op: str, impl: str, case: Sequence[Any]) -> Comparison:
-    """Run ``<op>_fwd_bwd`` of ``impl`` and of chunked on a case, and chunked in float64 as the truth.
+def compare(op: str, impl: str, case: Sequence[Any], mode: str = "fwd_bwd") -> Comparison:
+    """Run ``<op>_<mode>`` of ``impl`` and of chunked on a case, and chunked in float64 as the truth.
+
+    Args:
+        op: stem of the op.
+        impl: implementation to judge.
+        case: what ``random_case`` gives.
+        mode: "fwd_bwd", or "rows" for ops that have it.
 
     Returns:
         The largest relative error over the value and every gradient (norm of the error over the norm of
         what is right), and what is allowed.
     """
-    name = f"{op}_fwd_bwd"
+    name = f"{op}_{mode}"
+    case = case[1:] if mode == "rows" else case
     doubled = [_double(arg) for arg in case]
-    truth = _flat(getattr(implementation("chunked"), name)(*doubled))
-    portable = _flat(getattr(implementation("chunked"), name)(*case))
-    actual = _flat(getattr(implementation(impl), name)(*case))
+    truth = _results(getattr(implementation("chunked"), name)(*doubled))
+    portable = _results(getattr(implementation("chunked"), name)(*case))
+    actual = _results(getattr(implementation(impl), name)(*case))
     error, portable_error = (_largest_error(result, truth) for result in (actual, portable))
     tolerance = max(TOLERANCE.get(x.dtype, 0.0) for x in _flat(case) if x.is_floating_point())
     return Comparison(op, impl, error, portable_error, 2 * portable_error + tolerance)
@@ -185,6 +207,10 @@ def _flat(values: Sequence[Any]) -> list[Tensor]:
         x for value in values for x in (value if isinstance(value, (list, tuple)) else (value,))
     ]
     return [x for x in flat if isinstance(x, Tensor)]
+
+
+def _results(returned: Any) -> list[Tensor]:
+    return [returned] if isinstance(returned, Tensor) else _flat(returned)
 
 
 def _largest_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

@@ -1,0 +1,179 @@
+"""Cases of the attention kernels: every form, dtype and head width with the configuration that is shipped for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from harness import Case
+
+from bertkd.kernels import attention_mse as mse
+from bertkd.kernels import relation_kl as general
+from bertkd.kernels.primitives import sequence_extents
+from bertkd.kernels.relation_kl_short import relation_kl_short_kernel
+from bertkd.kernels.self_relation_kl import self_relation_kl_short_kernel
+from bertkd.ops.triton.attention import padded
+from bertkd.ops.triton.config import WIDTHS, Config, shipped
+
+BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
+ARCHES = (80, 90)
+# The same configurations are shipped for these; a few cases show that they fit.
+OTHER_ARCHES = (86, 89, 100, 120)
+
+# Instructions for each pair of row and key of the inner loop, 16-bit operands, by table and head width. sm_80 carries
+# the operands of its matrix instructions through registers; at width 128 both carry twice the accumulators.
+BUDGETS = {
+    ("rows", 90): (14, 14, 15, 19),
+    ("grad_rows", 90): (18, 19, 21, 41),
+    ("grad_keys", 90): (16, 17, 18, 32),
+    ("rows", 80): (14, 16, 21, 27),
+    ("grad_rows", 80): (18, 20, 32, 82),
+    ("grad_keys", 80): (16, 18, 36, 36),
+}
+
+# Arguments by name: what they are when they are no 32-bit integers that are multiples of 16.
+STUDENT = ("a_s", "b_s", "x_s", "y_s", "q_s", "k_s", "grad_a", "grad_x", "grad")
+TEACHER = ("a_t", "b_t", "x_t", "y_t", "q_t", "k_t")
+POINTERS = {
+    "mask": "*u8", "extents": "*i32", "peak": "*fp32", "weight": "*fp32", "rows": "*fp32", "stats": "*fp32",
+    "sums": "*fp32", "grams": "*fp32", "other": "*fp32", "own": "*fp32",
+}  # fmt: skip
+NUMBERS = ("scale_s", "scale_t", "grad_scale", "scale_a", "scale_b", "ratio")
+# Strides and sizes that need not be multiples of anything.
+RAGGED = ("L", "heads", "splits", "weight_heads", "mask_b", "weight_b", "own_b", "other_b")
+
+
+def cases() -> list[Case]:
+    made = []
+    for arch in ARCHES:
+        for dtype in BITS:
+            for width in WIDTHS:
+                made += _relation(arch, dtype, width)
+                made += _mse(arch, dtype, width)
+        # Sides of different dtypes and widths, one of them no power of two.
+        made += _relation(arch, "bf16", 64, teacher="fp32", teacher_width=40, mixed=True)
+        made.append(_extents(arch))
+    for arch in OTHER_ARCHES:
+        made += _relation(arch, "bf16", 64)
+    return made
+
+
+def _relation(arch, dtype, width, teacher=None, teacher_width=None, mixed=False) -> Iterator[Case]:
+    """All forms of relation_kl and self_relation_kl."""
+    teacher, teacher_width = teacher or dtype, teacher_width or width
+    bits = max(BITS[dtype], BITS[teacher])
+    sides = {
+        "D_S": width, "D_T": teacher_width, "PAD_S": padded(width), "PAD_T": padded(teacher_width),
+        "FP32_S": dtype == "fp32", "FP32_T": teacher == "fp32", "UPCAST": False, "HAS_MASK": True, "mask_l": 1,
+    }  # fmt: skip
+    weights = {"weight_h": 0, "weight_l": 1}
+    none = dict.fromkeys(("weight_b", "weight_h", "weight_l", "ga_b", "ga_h", "ga_l"), 0)
+    rows = general.relation_kl_rows_kernel
+    forms = {
+        "rows": (rows, {"GRAD": False, "WEIGHTED": False, **none}),
+        "grad_rows": (rows, {"GRAD": True, "WEIGHTED": True, **weights}),
+        "grad_keys": (general.relation_kl_keys_kernel, {"ADD": False}),
+        "self_keys": (general.relation_kl_keys_kernel, {"ADD": True}),
+    }
+    for form, (kernel, extra) in forms.items():
+        config = shipped(form.replace("self", "grad"), bits, width, arch)
+        tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        budget = BUDGETS.get((form, arch)) if bits == 16 else None
+        yield _case(
+            "self_relation_kl" if form == "self_keys" else "relation_kl", form, dtype, teacher, width, arch,
+            kernel, {**sides, **tile, **extra}, config,
+            pairs=config.block_m * config.block_n,
+            max_per_pair=budget and budget[WIDTHS.index(width)],
+            quick=not mixed and dtype == "bf16" and width == 64,
+        )  # fmt: skip
+    for form, kernel in (
+        ("short", relation_kl_short_kernel),
+        ("self_short", self_relation_kl_short_kernel),
+    ):
+        for name in (f"{form}_64", form):
+            config = shipped(name, bits, width, arch)
+            if config is not None:
+                op = "self_relation_kl" if form == "self_short" else "relation_kl"
+                constants = {**sides, **weights, "BLOCK_L": config.block_n}
+                yield _case(op, name, dtype, teacher, width, arch, kernel, constants, config)
+
+
+def _mse(arch: int, dtype: str, width: int) -> Iterator[Case]:
+    """All forms of attention_mse."""
+    pad, bits = padded(width), BITS[dtype]
+    sides = {"D_S": width, "D_T": width}
+    config = shipped("pairs", bits, width, arch)
+    for form, keys in (("pairs", False), ("pairs_keys", True)):
+        constants = {
+            **sides, "PAD_S": pad, "PAD_T": pad, "FP32_S": bits == 32, "FP32_T": bits == 32, "UPCAST": False,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "OWN": True, "OTHER": True, "KEYS": keys,
+            "SUM": True, "GRAD": True, "own_h": 0, "own_l": 1, "other_h": 0, "other_l": 1,
+        }  # fmt: skip
+        flags = {"own": "*u8"} if keys else {"other": "*u8"}
+        yield _case(
+            "attention_mse", form, dtype, dtype, width, arch, mse.attention_mse_pairs_kernel, constants, config,
+            other_types=flags, pairs=config.block_m * config.block_n,
+        )  # fmt: skip
+    forms = {
+        "gram": (
+            mse.attention_mse_gram_kernel,
+            {"HAS_MASK": True, "SIDES": 2, "mask_l": 1, "weight_h": 0, "weight_l": 1},
+        ),
+        "gram_rows": (mse.attention_mse_gram_rows_kernel, {}),
+    }
+    gradient = {"HAS_MASK": True, "mask_l": 1, "weight_h": 0, "weight_l": 1}
+    for keys in (False, True):
+        name = "gram_grad_keys" if keys else "gram_grad"
+        forms[name] = mse.attention_mse_gram_grad_kernel, {**gradient, "KEYS": keys}
+    for form, (kernel, extra) in forms.items():
+        config = shipped(form.removesuffix("_keys"), bits, width, arch)
+        if config is not None:
+            constants = {**sides, "BLOCK": config.block_m, "PAD": pad, "EQUAL": True, **extra}
+            yield _case("attention_mse", form, dtype, dtype, width, arch, kernel, constants, config)
+
+
+def _extents(arch: int) -> Case:
+    constants = {"HAS_MASK": True, "HAS_WEIGHT": True, "BLOCK": 1024, "mask_l": 1, "weight_l": 1}
+    config = Config(0, 0, 4, 1)
+    return _case(
+        "attention", "extents", "fp32", "fp32", 0, arch, sequence_extents, constants, config,
+        tensor_cores=False,
+    )  # fmt: skip
+
+
+def _case(
+    op, form, dtype, teacher, width, arch, kernel, constants, config, other_types=None, **budget
+) -> Case:
+    """A case whose argument types follow from their names."""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name in STUDENT or (
+            name == "grad_b" and kernel is not mse.attention_mse_gram_grad_kernel
+        ):
+            signature[name] = f"*{dtype}"
+        elif name in TEACHER:
+            signature[name] = f"*{teacher}"
+        elif name in POINTERS:
+            signature[name] = POINTERS[name]
+        else:
+            signature[name] = "fp32" if name in NUMBERS else "i32"
+    if kernel is mse.attention_mse_pairs_kernel:
+        signature["grad_b"] = "i32"
+    signature.update(other_types or {})
+    divisible = (n for n, t in signature.items() if t == "i32" and n not in RAGGED)
+    budget.setdefault("tensor_cores", True)
+    return Case(
+        op=op,
+        form=form,
+        dtype=dtype if dtype == teacher else f"{dtype}/{teacher}",
+        width=width,
+        arch=arch,
+        kernel=kernel,
+        signature=signature,
+        constants=constants,
+        divisible=tuple(divisible),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **budget,
+    )

@@ -1,0 +1,101 @@
+"""Who runs in a case: bertkd's implementations and what one would use instead."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from bertkd.bench import peers
+from bertkd.bench.cases import Case
+from bertkd.bench.ops import SPECS
+from bertkd.bench.spec import Inputs, Loss
+from bertkd.ops.dispatch import unavailable
+
+OURS = ("chunked", "native", "triton", "cuda")
+# eager: PyTorch as the paper's code writes it. products: its matrix products alone, a bound and no loss.
+IMPLS = ("eager", "compile", "products", "flex", "textbrewer", "liger", "linearard", *OURS)
+MODES = ("fwd", "fwd_bwd")
+
+# Further contestants by name; tests put theirs in.
+EXTRA: dict[str, Callable[[str], Loss]] = {}
+
+
+def applies(impl: str, op: str, mode: str) -> bool:
+    """Whether a contestant has anything to say on an op at all; where not, there is nothing to report."""
+    if impl == "products":
+        return SPECS[op].bare is not None and mode == "fwd_bwd"
+    return peers.has(impl, op) if impl in peers.PEERS else True
+
+
+def why_not(impl: str, case: Case, device: torch.device, mode: str) -> str | None:
+    """Why a contestant cannot run a case, in one clause, or None if it can."""
+    if impl in OURS:
+        return _why_not_ours(impl, case, device)
+    if impl == "compile":
+        return None if case.importance == 1 else "compiled for the most important cases only"
+    return peers.why_not(impl, case, device, mode) if impl in peers.PEERS else None
+
+
+def _why_not_ours(impl: str, case: Case, device: torch.device) -> str | None:
+    reason = unavailable(impl)
+    if reason is None and impl in ("triton", "cuda") and device.type != "cuda":
+        reason = "it needs a CUDA device"
+    if reason is None and impl == "native" and device.type != "cpu":
+        reason = "it runs on CPUs only"
+    if reason is not None:
+        return reason
+    refusal = getattr(importlib.import_module(f"bertkd.ops.{impl}"), "refusal", None)
+    if refusal is None:
+        return None
+    # The smallest tensors of the case's widths; who refuses by length or batch is asked again when it runs.
+    inputs = SPECS[case.op].make(small(case), device, torch.Generator(device).manual_seed(0))
+    return refusal(case.op, [*inputs.student, *inputs.teacher])
+
+
+def small(case: Case) -> Case:
+    """The case with one sequence or a few rows."""
+    return replace(case, batch=min(case.batch, 1), rows=min(case.rows, 16), padding="full")
+
+
+def loss_of(impl: str, op: str) -> Loss:
+    """The function of a contestant that can run: inputs -> summed loss."""
+    spec = SPECS[op]
+    if impl in EXTRA:
+        return EXTRA[impl](op)
+    if impl in OURS:
+        return partial(_ours, op, impl)
+    if impl == "eager":
+        return spec.eager
+    if impl == "compile":
+        # One graph per case: what was compiled for another shape would count as a recompilation.
+        torch.compiler.reset()
+        return torch.compile(spec.eager, dynamic=False)
+    return peers.loss_of(impl, op)
+
+
+def _ours(op: str, impl: str, inputs: Inputs):
+    return SPECS[op].call(inputs, impl)
+
+
+def step(impl: str, op: str, loss: Loss | None, mode: str) -> Callable[[Inputs], list]:
+    """One run of a contestant: inputs -> [loss, *gradients of the student's tensors]."""
+    if impl == "products":
+        bare = SPECS[op].bare
+        assert bare is not None
+        return lambda inputs: [torch.no_grad()(bare)(inputs)]
+    assert loss is not None
+    return partial(run_once, loss, mode)
+
+
+def run_once(loss: Loss, mode: str, inputs: Inputs) -> list[torch.Tensor]:
+    """``[loss]`` for "fwd", ``[loss, *gradients]`` for "fwd_bwd"."""
+    if mode == "fwd":
+        with torch.no_grad():
+            return [loss(inputs)]
+    student = [x.detach().requires_grad_() for x in inputs.student]
+    value = loss(Inputs(student, inputs.teacher, inputs.mask))
+    return [value.detach(), *torch.autograd.grad(value, student)]

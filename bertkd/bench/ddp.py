@@ -1,0 +1,130 @@
+"""Training steps over processes: DistributedDataParallel over gloo on the CPU, one thread a process."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bertkd.bench.cases import Case
+from bertkd.bench.op_cases import Settings
+from bertkd.bench.record import Row
+from bertkd.bench.step_cases import Trainer, step_case
+from bertkd.bench.timing import spread
+from bertkd.ops.dispatch import unavailable
+
+SECONDS = 240  # that processes may take before they are taken for stuck
+
+
+def ddp_cases_for(device: str) -> list[Case]:
+    """Twice the processes with the same batch each; CPU only, where a process is a core."""
+    if device.startswith("cuda"):
+        return []
+    sizes = {"importance": 5, "kind": "scaling"}
+    return [step_case("minilm_l6_to_3", 8, 128, processes=count, **sizes) for count in (1, 2)]
+
+
+def run_ddp(case: Case, settings: Settings) -> Iterator[Row]:
+    """Tokens per second of all processes together."""
+    impl = "chunked" if unavailable("native") else "native"
+    if not (settings.selection.allows("impl", impl) and settings.selection.allows("mode", "step")):
+        return
+    columns = {**case.columns, "impl": impl, "mode": "step", **settings.stamp, "threads": 1}
+    try:
+        answer = _launch(case, impl, min(settings.rounds, 7))
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as failure:
+        note = str(failure).splitlines()[-1][:160]
+        yield Row(**columns, metric="throughput", unit="tokens/s", status="error", note=note)
+        return
+    per_second = spread([answer["tokens"] / s for s in answer["seconds"]])
+    yield Row(
+        **columns,
+        metric="throughput",
+        unit="tokens/s",
+        rounds=len(answer["seconds"]),
+        **per_second._asdict(),
+    )
+
+
+def _launch(case: Case, impl: str, rounds: int) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = base64.b64encode(pickle.dumps((case, impl, rounds))).decode()
+    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH", "")]))
+    common = {
+        "WORLD_SIZE": str(case.processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+    }
+    command = [sys.executable, "-m", "bertkd.bench.ddp", job]
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | common | {"RANK": str(rank)},
+        )
+        for rank in range(case.processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(errors.strip() or f"exit code {process.returncode}")
+    return json.loads(outputs[0][0].strip().splitlines()[-1])
+
+
+class _Step(nn.Module):
+    """What DDP wraps: the student is a submodule, the teacher is out of its sight."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.student = trainer.student
+        self.loss_of = trainer.loss_of
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.loss_of(batch)
+
+
+def _work(job: str) -> None:
+    case, impl, rounds = pickle.loads(base64.b64decode(job))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    trainer = Trainer(case, impl, torch.device("cpu"))
+    # The student stops after its last matched block, so some weights get no gradient.
+    wrapped = nn.parallel.DistributedDataParallel(_Step(trainer), find_unused_parameters=True)
+    seconds = []
+    for number in range(rounds + 1):
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        for batch in trainer.batches:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            wrapped(batch).backward()
+            trainer.optimizer.step()
+        torch.distributed.barrier()
+        if number:
+            seconds.append(time.perf_counter() - start)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps({"seconds": seconds, "tokens": trainer.tokens * case.processes}))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1])

@@ -1,0 +1,70 @@
+"""relation_kl by FlexAttention, which holds one softmax a call: what can be said with it, and at what price.
+
+With P_t = softmax(T) and T = c_t a_t b_t^T, S = c_s a_s b_s^T, a row's KL is::
+
+    sum_j P_t (T - S) - lse(T) + lse(S) = c_t a_t . (P_t b_t) - c_s a_s . (P_t b_s) - lse(T) + lse(S)
+
+P_t [b_t, b_s] is attention of the teacher over both sides' keys as values, and lse(S) comes with an attention of the
+student. Two calls, no map. The difference of large terms cancels, which costs digits in half precision. The squared
+difference of scores (attention_mse) cannot be said at all: a call sees one score matrix.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bertkd.bench.cases import Case
+from bertkd.bench.spec import Inputs, Loss
+
+
+def why_not(case: Case, device: torch.device, mode: str) -> str | None:
+    """Why FlexAttention cannot run a case, or None if it can."""
+    if device.type == "cpu" and mode != "fwd":
+        return "FlexAttention has no backward on CPUs"
+    if case.importance > 1:
+        return "compiled for the most important cases only"
+    return None
+
+
+@cache
+def _attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def loss() -> Loss:
+    """inputs -> summed KL."""
+
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    def run(inputs: Inputs) -> Tensor:
+        (a_s, b_s), (a_t, b_t) = (side if len(side) == 2 else side * 2 for side in inputs[:2])
+        scale_s, scale_t = a_s.shape[-1] ** -0.5, a_t.shape[-1] ** -0.5
+        attend = _attention()
+        block_mask = None if inputs.mask is None else _block_mask(inputs.mask)
+        # Contiguous: the kernels are at their best with it, and the rows' products below need it anyway.
+        a_s, b_s, a_t, b_t = (x.contiguous() for x in (a_s, b_s, a_t, b_t))
+        values = torch.cat([b_t, b_s], -1)
+        options = {"block_mask": block_mask, "return_aux": AuxRequest(lse=True)}
+        mixed, of_teacher = attend(a_t, b_t, values, scale=scale_t, **options)
+        _, of_student = attend(a_s, b_s, b_s, scale=scale_s, **options)
+        of_t, of_s = mixed.float().split([b_t.shape[-1], b_s.shape[-1]], -1)
+        cross = (a_t.float() * of_t).sum(-1) * scale_t - (a_s.float() * of_s).sum(-1) * scale_s
+        rows = cross - of_teacher.lse.float() + of_student.lse.float()
+        return rows.sum() if inputs.mask is None else (rows * inputs.mask[:, None, :]).sum()
+
+    return run
+
+
+def _block_mask(mask: Tensor):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def real(batch, head, query, key):
+        return mask[batch, key]
+
+    batch, length = mask.shape
+    return create_block_mask(real, batch, None, length, length, device=mask.device)

@@ -1,0 +1,205 @@
+"""Run one case: verify, time, weigh and relate to the roofline; every finding is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from bertkd.bench import memory
+from bertkd.bench.cases import Case
+from bertkd.bench.contestants import MODES, applies, loss_of, small, step, why_not
+from bertkd.bench.ops import SPECS
+from bertkd.bench.record import Row
+from bertkd.bench.roofline import Ceilings, bound
+from bertkd.bench.selection import Selection
+from bertkd.bench.spec import Inputs, Loss
+from bertkd.bench.timing import (
+    GraphReplay,
+    input_sets,
+    interleaved,
+    ratios,
+    release_memory,
+    replayed,
+    spread,
+)
+from bertkd.bench.verify import Oracle
+
+BASELINE = "eager"
+
+
+@dataclass
+class Settings:
+    """How a run measures.
+
+    Attributes:
+        device: to measure on.
+        selection: impls and modes to run.
+        impls: all contestants in order.
+        rounds, seconds: of timing, per case and mode.
+        weigh: whether to measure memory.
+        stamp: columns that every row gets.
+        ceilings: by dtype.
+    """
+
+    device: torch.device
+    selection: Selection
+    impls: tuple[str, ...]
+    rounds: int = 15
+    seconds: float = 15.0
+    weigh: bool = True
+    stamp: dict[str, Any] = field(default_factory=dict)
+    ceilings: Callable[[str], Ceilings] | None = None
+
+
+def run_case(case: Case, settings: Settings) -> Iterator[Row]:
+    """All rows of a case."""
+    inputs = make_inputs(case, settings.device)
+    oracle = Oracle(case.op, inputs)
+    losses: dict[str, Loss | None] = {}
+    for mode in MODES:
+        if not settings.selection.allows("mode", mode):
+            continue
+        admitted: dict[str, float] = {}
+        for impl in settings.impls:
+            # The baseline always runs: a speed-up needs it in the same rounds.
+            wanted = settings.selection.allows("impl", impl)
+            if not (wanted or impl == BASELINE) or not applies(impl, case.op, mode):
+                continue
+            row = partial(Row, **case.columns, impl=impl, mode=mode, **settings.stamp)
+            status, note, error = _admit(impl, case, mode, oracle, losses, settings)
+            if status == "ok":
+                admitted[impl] = error
+            elif wanted:
+                yield row(metric="time", unit="ms", status=status, note=note)
+        yield from _measure(case, mode, inputs, admitted, losses, settings)
+
+
+def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+    """The case's random inputs; the same for everybody with the same seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return SPECS[case.op].make(case, device, generator)
+
+
+def _admit(
+    impl: str,
+    case: Case,
+    mode: str,
+    oracle: Oracle,
+    losses: dict[str, Loss | None],
+    settings: Settings,
+) -> tuple[str, str, float]:
+    """Status, reason and error: only what is "ok" is timed."""
+    reason = why_not(impl, case, settings.device, mode)
+    if reason is not None:
+        return "unavailable", reason, 0.0
+    if impl == "products":
+        losses[impl] = None
+        return "ok", "", 0.0
+    release_memory()
+    try:
+        loss = losses.setdefault(impl, None) or loss_of(impl, case.op)
+        losses[impl] = loss
+        verdict = oracle.judge(impl, loss, mode)
+    except torch.OutOfMemoryError:
+        return "oom", "out of memory", 0.0
+    except Exception as failure:  # a contestant's failure is its own, the others go on
+        return "error", f"{type(failure).__name__}: {first_line(failure)}", 0.0
+    if verdict.wrong is not None:
+        return "red", verdict.wrong, verdict.error
+    return "ok", "", verdict.error
+
+
+def _measure(
+    case: Case,
+    mode: str,
+    inputs: Inputs,
+    admitted: dict[str, float],
+    losses: dict[str, Loss | None],
+    settings: Settings,
+) -> Iterator[Row]:
+    runs = {impl: step(impl, case.op, losses[impl], mode) for impl in admitted}
+    seconds, notes = times_of(case, inputs, runs, settings)
+    for impl, times in seconds.items():
+        if not settings.selection.allows("impl", impl):
+            continue
+        common: dict[str, Any] = {
+            **case.columns,
+            "impl": impl,
+            "mode": mode,
+            "rounds": len(times),
+            "error": admitted[impl],
+            "note": notes.get(impl, ""),
+            **settings.stamp,
+        }
+        if not times:
+            yield Row(**common, metric="time", unit="ms", status="oom")
+            continue
+        milliseconds = spread([value * 1e3 for value in times])
+        yield Row(**common, metric="time", unit="ms", **milliseconds._asdict())
+        if impl != BASELINE and seconds.get(BASELINE):
+            gain = spread(ratios(seconds[BASELINE], times))
+            yield Row(**common, metric="speedup", unit="x", against=BASELINE, **gain._asdict())
+        if impl == "products":
+            continue
+        if settings.ceilings is not None:
+            work = SPECS[case.op].work(case, mode == "fwd_bwd")
+            least, binding = bound(work, settings.ceilings(case.dtype))
+            share = spread([least / value for value in times])
+            yield Row(**common, metric="roofline", unit="share", against=binding, **share._asdict())
+        if settings.weigh and mode == "fwd_bwd":
+            yield _weigh(case, impl, inputs, runs[impl], common, settings.device)
+
+
+def times_of(
+    case: Case,
+    inputs: Inputs,
+    runs: dict[str, Callable[[Inputs], list]],
+    settings: Settings,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every round by contestant, and how they were taken; no round where memory ran out."""
+    if settings.device.type != "cuda":
+        calls = {impl: partial(run, inputs) for impl, run in runs.items()}
+        return interleaved(calls, rounds=settings.rounds, seconds=settings.seconds), {}
+    card = torch.cuda.get_device_properties(settings.device)
+    count = input_sets(inputs.nbytes, card.L2_cache_size)
+    sets = [inputs, *(make_inputs(case, settings.device, seed) for seed in range(1, count))]
+    makers = {
+        impl: partial(GraphReplay, [partial(run, each) for each in sets])
+        for impl, run in runs.items()
+    }
+    return replayed(makers, rounds=settings.rounds, seconds=settings.seconds)
+
+
+def _weigh(case, impl, inputs, run, common, device) -> Row:
+    columns = {**common, "rounds": 1, "note": ""}
+    try:
+        if device.type == "cuda":
+            peak = memory.peak_on_cuda(partial(run, inputs), device)
+        else:
+            peak = memory.peak_in_child(prepared, case, impl)
+    except (RuntimeError, OSError) as failure:
+        columns["note"] = first_line(failure)
+        return Row(**columns, metric="memory", unit="MiB", status="error")
+    mebibytes = spread([peak / 2**20])
+    return Row(**columns, metric="memory", unit="MiB", **mebibytes._asdict())
+
+
+def prepared(case: Case, impl: str) -> Callable[[], object]:
+    """For a child process: the case's inputs, everything loaded, and the run to weigh."""
+    device = torch.device("cpu")
+    inputs = make_inputs(case, device)
+    run = step(impl, case.op, loss_of(impl, case.op), "fwd_bwd")
+    # What is compiled for a shape must be so before; others keep scratch memory that belongs to the run.
+    compiled = impl in ("compile", "flex", "liger")
+    run(inputs if compiled else make_inputs(small(case), device))
+    return partial(run, inputs)
+
+
+def first_line(failure: BaseException) -> str:
+    """First line of an error, cut to fit a table."""
+    lines = str(failure).strip().splitlines()
+    return lines[0][:160] if lines else type(failure).__name__

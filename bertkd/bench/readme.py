@@ -1,0 +1,108 @@
+"""The README's figures, written from the committed CSV between two markers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bertkd.bench.record import Row, read_rows
+from bertkd.bench.summary import number
+from bertkd.study.files import write_text
+
+BEGIN = "<!-- measured:begin (written by `python -m bertkd.bench readme`, do not edit) -->"
+END = "<!-- measured:end -->"
+
+OPS = ("relation_kl", "self_relation_kl", "attention_mse", "linear_kl")
+OURS = ("chunked", "native", "triton", "cuda")
+
+
+def block(rows: Sequence[Row]) -> str:
+    """The text between the markers.
+
+    Raises:
+        ValueError: there is no speed-up among the rows.
+    """
+    devices = list(dict.fromkeys(row.device for row in rows if row.metric == "speedup"))
+    if not devices:
+        raise ValueError("the results hold no speed-up; run `make bench` first.")
+    return "\n\n".join(_of_device([row for row in rows if row.device == name]) for name in devices)
+
+
+def _of_device(rows: Sequence[Row]) -> str:
+    some = next(row for row in rows if row.metric == "speedup")
+    impls = [i for i in OURS if any(r.impl == i and r.metric == "speedup" for r in rows)]
+    ops = [r for r in rows if r.kind == "op" and r.mode == "fwd_bwd" and r.op in OPS]
+    steps = [r for r in rows if r.kind == "step"]
+    torch = some.torch.partition("+")[0]
+    head = f"On {some.device}, {some.threads} threads, torch {torch} (commit {some.commit or '-'}), medians:"
+    lines = [_line("loss, forward and backward", impls), "|---|---|" + "---|" * len(impls)]
+    lines += _body(ops, impls, "ms")
+    if steps:
+        lines += ["", _line("whole training step", impls), "|---|---|" + "---|" * len(impls)]
+        lines += _body(steps, impls, "ms")
+    return head + "\n\n" + "\n".join(lines)
+
+
+def _line(first: str, impls: Sequence[str]) -> str:
+    return "| " + " | ".join([first, "PyTorch eager", *impls]) + " |"
+
+
+def _body(rows: Sequence[Row], impls: Sequence[str], unit: str) -> list[str]:
+    """One line a case: eager's time, then each implementation's time and gain."""
+    lines = []
+    for name in dict.fromkeys(_name(row) for row in rows):
+        mine = {(r.impl, r.metric): r.p50 for r in rows if _name(r) == name and r.p50 is not None}
+        if ("eager", "time") not in mine:
+            continue
+        cells = [name, f"{number(mine['eager', 'time'])} {unit}"]
+        for impl in impls:
+            time, gain = mine.get((impl, "time")), mine.get((impl, "speedup"))
+            cells.append("" if time is None else f"{number(time)} {unit}, {gain:.1f}x")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _name(row: Row) -> str:
+    if row.kind == "step":
+        return f"{row.op.replace('_', ' ')}, B {row.batch}, L {row.length}{_padding(row)}"
+    if row.op == "linear_kl":
+        return f"`linear_kl` N {row.rows}, V {row.classes}"
+    sizes = (row.batch, row.heads, row.length, row.width_s)
+    return f"`{row.op}` {sizes}{_padding(row)}"
+
+
+def _padding(row: Row) -> str:
+    return "" if row.padding == "full" else ", GLUE-like lengths"
+
+
+def replace(text: str, new: str) -> str:
+    """``text`` with ``new`` between the markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md needs the lines {BEGIN!r} and {END!r}.")
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+
+
+def committed_rows(root: Path) -> list[Row]:
+    """Rows of all results folders of a checkout."""
+    paths = sorted((root / "benchmarks" / "results").glob("*/results.csv"))
+    return [row for path in paths for row in read_rows(path)]
+
+
+def main(words: Sequence[str]) -> int:
+    """Write the block, or with ``--check`` say whether it is up to date."""
+    root = Path(__file__).resolve().parents[2]
+    path = root / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = replace(old, block(committed_rows(root)))
+    if "--check" in words:
+        if new != old:
+            print("README.md differs from benchmarks/results; run `python -m bertkd.bench readme`")
+        return int(new != old)
+    write_text(path, new)
+    return 0

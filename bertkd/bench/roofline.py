@@ -1,0 +1,111 @@
+"""How near a measurement is to what the device could do: ceilings measured in the same run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from bertkd.bench.spec import Work
+
+
+class Ceilings(NamedTuple):
+    """What the device reaches on the simplest programs: bytes, flops and exponentials per second."""
+
+    bytes: float
+    flops: float
+    exps: float
+
+
+def bound(work: Work, ceilings: Ceilings) -> tuple[float, str]:
+    """Least seconds that the work takes on the device, and the resource that binds it.
+
+    The three overlap at best perfectly, so the largest is the bound.
+    """
+    times = {
+        "bytes": work.bytes / ceilings.bytes,
+        "flops": work.flops / ceilings.flops,
+        "exps": work.exps / ceilings.exps,
+    }
+    binding = max(times, key=lambda name: times[name])
+    return times[binding], binding
+
+
+class MeasuredCeilings:
+    """The ceilings by dtype, each measured when it is first asked for; ``found`` holds them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: dict[str, Ceilings] = {}
+
+    def __call__(self, dtype: str) -> Ceilings:
+        if dtype not in self.found:
+            self.found[dtype] = measure_ceilings(self.device, getattr(torch, dtype))
+        return self.found[dtype]
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:
+    """Stream copy, matrix product in ``dtype``, and float32 exponentials.
+
+    Args:
+        device: to measure.
+        dtype: of the product; that of the cases.
+        seconds: spent on each.
+    """
+    return Ceilings(
+        _copied(device, seconds), _multiplied(device, dtype, seconds), _exps(device, seconds)
+    )
+
+
+def _copied(device: torch.device, seconds: float) -> float:
+    source = torch.rand(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    return _rate(lambda: target.copy_(source), 2 * source.nbytes, device, seconds)
+
+
+def _multiplied(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return _rate(lambda: a @ b, 2 * size**3, device, seconds)
+
+
+def _exps(device: torch.device, seconds: float) -> float:
+    if device.type == "cuda":
+        # Chained in registers: one exponential per element would only measure memory.
+        chain, links = torch.compile(_chained), 64
+        x = torch.rand(2**24, device=device)
+        try:
+            return _rate(lambda: chain(x, links), x.numel() * links, device, seconds)
+        except Exception:  # without a compiler there is no such program, and no such bound
+            return math.inf
+    # Small enough for the caches of two cores, large enough to be split among threads.
+    x = torch.rand(2**17)
+    out = torch.empty_like(x)
+    return _rate(lambda: torch.exp(x, out=out), x.numel(), device, seconds)
+
+
+def _chained(x: torch.Tensor, links: int) -> torch.Tensor:
+    for _ in range(links):
+        x = torch.exp(-x)
+    return x
+
+
+def _rate(run: Callable[[], object], amount: float, device: torch.device, seconds: float) -> float:
+    """Best amount per second: a ceiling is what can be reached, not what is usual."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    once()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        best = min(best, once())
+    return amount / best

@@ -1,0 +1,201 @@
+"""One run: choose the cases, measure them within the time there is, write the results."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bertkd.bench import environment, summary
+from bertkd.bench.cases import Case, cases_for
+from bertkd.bench.contestants import IMPLS, MODES
+from bertkd.bench.ddp import ddp_cases_for, run_ddp
+from bertkd.bench.op_cases import Settings, first_line, run_case
+from bertkd.bench.record import Row, merge, read_rows, write_rows
+from bertkd.bench.roofline import MeasuredCeilings
+from bertkd.bench.selection import Selection, known_values, parse_selection
+from bertkd.bench.step_cases import step_cases_for
+from bertkd.bench.step_models import PAIRS
+from bertkd.bench.step_runs import run_step
+from bertkd.bench.timing import release_memory
+from bertkd.study.files import claim_output_dir, write_json, write_text
+
+RESULTS, ENVIRONMENT, SUMMARY = "results.csv", "environment.json", "summary.md"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``bertkd bench`` takes; see its help."""
+
+    select: str | None = None
+    device: str | None = None
+    output_dir: str | None = None
+    rounds: int = 15
+    seconds: float = 15.0
+    budget_minutes: float | None = None
+    memory: bool = True
+    plots: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: nothing of it can be wrong any more but what is measured."""
+
+    options: Options
+    device: torch.device
+    selection: Selection
+    cases: Sequence[Case]
+    output_dir: Path
+
+
+def plan(options: Options) -> Job:
+    """Check everything that can be wrong, before anything runs or is written.
+
+    Raises:
+        ValueError: a device that is not there, a number that makes no sense, a selection of nothing.
+    """
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={options.device!r}: no CUDA device is there. Use device='cpu'.")
+    if options.rounds < 3:
+        raise ValueError(f"rounds must be at least 3 for a median, got {options.rounds}.")
+    if options.budget_minutes is not None and options.budget_minutes <= 0:
+        raise ValueError(f"budget_minutes must be positive, got {options.budget_minutes}.")
+    cases = all_cases(device.type)
+    selection = parse_selection(
+        options.select, known_values(cases, impl=IMPLS, mode=(*MODES, "step"))
+    )
+    chosen = [case for case in cases if selection.takes(case)]
+    if not chosen:
+        raise ValueError(f"select={options.select!r} leaves no case; see them with --list.")
+    return Job(options, device, selection, chosen, output_folder(options.output_dir, device))
+
+
+def all_cases(device: str) -> list[Case]:
+    """Ops, training steps and scaling of a device type, the most important first."""
+    cases = [*cases_for(device), *step_cases_for(device), *ddp_cases_for(device)]
+    return sorted(cases, key=lambda case: case.importance)
+
+
+def output_folder(path: str | None, device: torch.device) -> Path:
+    """Where results go: as told, or to this device's folder of the committed results in a checkout."""
+    if path is not None:
+        return Path(path)
+    in_checkout = Path("bertkd", "bench").is_dir() and Path("benchmarks").is_dir()
+    parent = Path("benchmarks", "results") if in_checkout else Path("bench")
+    return parent / environment.slug(device)
+
+
+def run(job: Job, say: Callable[[str], object] = print) -> list[Row]:
+    """Measure, write CSV, environment, summary and plots, and say the short table last."""
+    folder = claim_output_dir(job.output_dir, "bench", reuse=True)
+    path = folder / RESULTS
+    before = read_rows(path) if path.exists() else []
+    rows: list[Row] = []
+    left_out = []
+    facts = environment.describe(job.device)
+    stamp = environment.stamp(job.device)
+    ceilings = MeasuredCeilings(job.device)
+    settings = settings_of(job, stamp, ceilings)
+    say(
+        f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}; {len(job.cases)} cases"
+    )
+    started = time.perf_counter()
+    for number, case in enumerate(job.cases, 1):
+        spent = (time.perf_counter() - started) / 60
+        if job.options.budget_minutes is not None and spent >= job.options.budget_minutes:
+            left_out.append(case.name)
+            continue
+        say(f"[{number}/{len(job.cases)}] {case.name}  ({spent:.1f} min)")
+        rows += list(measured(case, settings))
+        # After every case, so that a killed run loses one case only.
+        write_rows(path, merge(before, [*rows, *ceiling_rows(ceilings, stamp)]))
+        release_memory()
+    facts["left_out"] = left_out
+    facts["minutes"] = round((time.perf_counter() - started) / 60, 2)
+    facts["clocks_after"] = environment.clocks() if job.device.type == "cuda" else ""
+    write_json(folder / ENVIRONMENT, facts)
+    if left_out:
+        say(f"left out for want of time ({len(left_out)}): " + "; ".join(left_out))
+    say(report(folder, plots=job.options.plots, new=rows))
+    return rows
+
+
+def report(folder: Path, *, plots: bool = True, new: Sequence[Row] | None = None) -> str:
+    """Write summary and plots of a results folder from its CSV; return the short table.
+
+    Raises:
+        FileNotFoundError: the folder holds no results.
+    """
+    rows = read_rows(folder / RESULTS)
+    facts: dict[str, Any] = {}
+    if (folder / ENVIRONMENT).exists():
+        facts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    pictures: list[str] = []
+    note = ""
+    if plots:
+        try:
+            from bertkd.bench.plots import draw_all
+
+            pictures = [path.name for path in draw_all(rows, folder)]
+        except ImportError as missing:
+            note = f"\nno plots: {missing}"
+    write_text(folder / SUMMARY, summary.markdown(rows, facts, pictures))
+    return summary.short_table(rows if new is None else new) + note + f"\nresults in {folder}"
+
+
+def settings_of(job: Job, stamp: dict[str, Any], ceilings: MeasuredCeilings) -> Settings:
+    """How the cases are to be measured."""
+
+    return Settings(
+        device=job.device,
+        selection=job.selection,
+        impls=IMPLS,
+        rounds=job.options.rounds,
+        seconds=job.options.seconds,
+        weigh=job.options.memory,
+        stamp=stamp,
+        ceilings=ceilings,
+    )
+
+
+def measured(case: Case, settings: Settings) -> Iterator[Row]:
+    """Rows of any case; one that fails as a whole gives one row that says why."""
+    try:
+        if case.processes:
+            yield from run_ddp(case, settings)
+        elif case.op in PAIRS:
+            yield from run_step(case, settings)
+        else:
+            yield from run_case(case, settings)
+    except Exception as failure:  # whatever it is, the cases after it go on
+        note = f"{type(failure).__name__}: {first_line(failure)}"
+        status = "oom" if isinstance(failure, torch.OutOfMemoryError) else "error"
+        yield Row(
+            **case.columns, impl="*", metric="time", status=status, note=note, **settings.stamp
+        )
+
+
+def ceiling_rows(ceilings: MeasuredCeilings, stamp: dict[str, Any]) -> list[Row]:
+    """What the roofline was taken from, for the dtypes that were used."""
+    return [
+        Row(
+            "ceiling",
+            name,
+            "device",
+            dtype=dtype,
+            metric="rate",
+            p50=value,
+            unit=f"{name}/s",
+            **stamp,
+        )
+        for dtype, found in ceilings.found.items()
+        for name, value in found._asdict().items()
+        if math.isfinite(value)
+    ]

@@ -1,0 +1,105 @@
+"""The pairs of networks whose training steps are timed: real configurations, random weights, no hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher's configuration, its student and the objective between them.
+
+    Attributes:
+        config: class of the configuration in transformers.
+        model: class of the model.
+        options: what differs from the configuration's defaults.
+        layers: student's blocks, as ``create_student`` takes them.
+        objective: of the distillation.
+        blocks: matched (student block, teacher block) pairs.
+        relation_heads: heads that q, k and v are re-split into; None leaves the models' own.
+    """
+
+    config: str
+    model: str
+    layers: str
+    objective: str
+    blocks: Sequence[tuple[int, int]]
+    options: dict[str, Any] = field(default_factory=dict)
+    relation_heads: int | None = None
+
+
+QKV = "qkv_kl(student_block={0}, teacher_block={1}, relation_heads={2})"
+
+_MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+_ROBERTA = {
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+}
+_TINY = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+PAIRS: dict[str, Pair] = {
+    "minilm_l6_to_3": Pair(
+        "BertConfig", "BertModel", "uniform:3", "att_kl", [(0, 1), (1, 3), (2, 5)], _MINILM
+    ),
+    "bert_base_to_6": Pair(
+        "BertConfig", "BertModel", "uniform:6", "att_kl", [(i, 2 * i + 1) for i in range(6)]
+    ),
+    # MiniLMv2 takes one block of a large teacher, not its last.
+    "bert_large_to_6_qkv": Pair("BertConfig", "BertModel", "uniform:6", QKV, [(5, 20)], _LARGE, 64),
+    "roberta_base_to_3": Pair(
+        "RobertaConfig", "RobertaModel", "uniform:3", "att_kl", [(0, 3), (1, 7), (2, 11)], _ROBERTA
+    ),
+    # The blocks that attend to everything; the others attend to a window, whose maps need no fusing.
+    "modernbert_base_to_11": Pair(
+        "ModernBertConfig",
+        "ModernBertModel",
+        "uniform:11",
+        "att_kl",
+        [(1, 3), (4, 9), (7, 15), (10, 21)],
+    ),
+    "tiny": Pair("BertConfig", "BertModel", "first:1", "att_kl", [(0, 1)], _TINY),
+    "tiny_qkv": Pair("BertConfig", "BertModel", "first:1", QKV, [(0, 1)], _TINY, 4),
+}
+
+
+def networks(name: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Teacher and student with random weights, no dropout and eager-capable attention.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    import transformers
+
+    import bertkd
+
+    pair = PAIRS[name]
+    config = getattr(transformers, pair.config)(**pair.options)
+    for field_name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if hasattr(config, field_name):
+            setattr(config, field_name, 0.0)
+    # Queries and keys of unit size: the usual small weights make flat maps, and a loss that is all rounding.
+    config.initializer_range = config.hidden_size**-0.5
+    torch.manual_seed(0)
+    options = {"add_pooling_layer": False} if "ModernBert" not in pair.model else {}
+    teacher: Any = getattr(transformers, pair.model)._from_config(config, **options)
+    student: Any = bertkd.create_student(teacher, pair.layers, verbose=False)
+    return teacher.to(device).eval(), student.to(device).train()

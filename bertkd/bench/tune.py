@@ -1,0 +1,132 @@
+"""Measure tile shapes of the Triton attention kernels on this GPU, and keep those faster than the shipped ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from bertkd.ops.triton.config import FORMS, Config, candidates, trial, tuned_key, write_tuned
+from bertkd.ops.verify import TENSORS, Sizes, compare, random_case
+
+# A candidate must beat the shipped configuration by more than timing noise does.
+GAIN = 0.97
+
+# Form -> the op that runs it, whether forward alone, and a length that takes this form.
+WORKLOADS = {
+    "rows": ("relation_kl", "rows", 512),
+    "grad_rows": ("relation_kl", "fwd_bwd", 512),
+    "grad_keys": ("relation_kl", "fwd_bwd", 512),
+    "short_64": ("relation_kl", "fwd_bwd", 64),
+    "short": ("relation_kl", "fwd_bwd", 128),
+    "self_short_64": ("self_relation_kl", "fwd_bwd", 64),
+    "self_short": ("self_relation_kl", "fwd_bwd", 128),
+    "pairs": ("attention_mse", "fwd_bwd", 64),
+    "gram": ("attention_mse", "fwd_bwd", 1024),
+    "gram_grad": ("attention_mse", "fwd_bwd", 1024),
+    "gram_rows": ("attention_mse", "rows", 1024),
+}
+TOKENS, HEADS = 16384, 12
+
+Timer = Callable[[Callable[[], object]], float]
+
+
+class Found(NamedTuple):
+    """The best configuration of a form, and what it and the shipped one took."""
+
+    key: str
+    config: Config
+    milliseconds: float
+    shipped: Config
+    shipped_milliseconds: float
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether it is worth storing."""
+        return self.milliseconds < GAIN * self.shipped_milliseconds
+
+
+def tune(
+    dtypes: Sequence[torch.dtype],
+    widths: Sequence[int],
+    forms: Sequence[str] = FORMS,
+    *,
+    device: torch.device | str = "cuda",
+    budget_minutes: float | None = None,
+    tokens: int = TOKENS,
+    timer: Timer | None = None,
+) -> Iterator[Found]:
+    """Try every candidate of every form, one configuration at a time, and store what is faster.
+
+    Wrong results disqualify: a candidate must agree with float64 first.
+
+    Args:
+        dtypes, widths: of the heads of both sides.
+        forms: of ``WORKLOADS``.
+        device: a CUDA device.
+        budget_minutes: start no further form after this time.
+        tokens: B * L of the timed cases.
+        timer: milliseconds of a call; Triton's ``do_bench`` (cold L2, median) by default.
+
+    Yields:
+        What was found for each form, after it has been stored.
+    """
+    started = time.monotonic()
+    name = torch.cuda.get_device_name(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    for dtype in dtypes:
+        for width in widths:
+            for form in (form for form in WORKLOADS if form in forms):
+                if budget_minutes and time.monotonic() - started > 60 * budget_minutes:
+                    return
+                key = tuned_key(form, 8 * dtype.itemsize, width)
+                tried = list(candidates(form, 8 * dtype.itemsize, width, 10 * major + minor))
+                found = _best(form, key, tried, dtype, width, device, tokens, timer or _median)
+                if found is None:
+                    continue
+                if found.is_faster:
+                    write_tuned(name, {key: found.config})
+                yield found
+
+
+def _best(form, key, tried, dtype, width, device, tokens, timer) -> Found | None:
+    """The fastest right candidate; the first one is the shipped one."""
+    if not tried:
+        return None
+    op, mode, length = WORKLOADS[form]
+    dtypes = [dtype] * TENSORS[op]
+    small = random_case(op, dtypes, Sizes(length=length - 3, widths=(width, width)), device)
+    sizes = Sizes(max(1, tokens // length), HEADS, length, (width, width))
+    weight, *args = random_case(op, dtypes, sizes, device)
+    measured: dict[Config, float] = {}
+    for config in tried:
+        with trial(key, config):
+            milliseconds = _measure(op, mode, weight, args, small, timer)
+        if milliseconds is not None:
+            measured[config] = milliseconds
+    if tried[0] not in measured:
+        raise RuntimeError(f"the shipped configuration of {key} is wrong or does not run here")
+    best = min(measured, key=lambda config: measured[config])
+    return Found(key, best, measured[best], tried[0], measured[tried[0]])
+
+
+def _measure(op, mode, weight, args, small, timer) -> float | None:
+    from bertkd.ops import triton as kernels
+
+    function = getattr(kernels, f"{op}_{mode}")
+    inputs = args if mode == "rows" else [weight, *args]
+    try:
+        if not compare(op, "triton", small, mode).agrees:
+            return None
+        return timer(lambda: function(*inputs))
+    except Exception:
+        # What needs more registers or shared memory than there are fails to compile or launch: no candidate.
+        return None
+
+
+def _median(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(run, return_mode="median")

@@ -1,0 +1,127 @@
+"""``bertkd verify``: are the fast implementations right on this machine, at these shapes?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Compare every implementation with float64 on this machine: values and gradients.
+
+    A result is right when its error is at most twice that of the portable PyTorch code in the same dtype,
+    plus the dtype's rounding. Exit code 1 if any is wrong.
+
+      bertkd verify
+      bertkd verify --ops [attention_kl] --length 1000 --head_width 96 --dtypes [bfloat16]
+
+    Attributes:
+        ops: Losses to check. Default: all.
+        impls: Implementations to check. Default: those that run here.
+        dtypes: float32, float16, bfloat16.
+        device: Where to run. Default: the GPU if there is one.
+        batch_size: Sequences; the last one is pads only.
+        heads: Attention heads.
+        length: Tokens per sequence.
+        head_width: Width of the attention heads of both sides.
+        hidden_width: Width of the hidden states of both sides.
+        classes: Classes or vocabulary of the logit losses.
+        seed: Of the random numbers.
+    """
+
+    ops: list[str] = field(default_factory=list)
+    impls: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=lambda: list(DTYPES))
+    device: str | None = None
+    batch_size: int = 3
+    heads: int = 4
+    length: int = 200
+    head_width: int = 64
+    hidden_width: int = 384
+    classes: int = 3000
+    seed: int = 0
+
+
+def prepare(config: Config) -> Callable[[], None]:
+    """Check names and sizes; the result compares and prints a table.
+
+    Raises:
+        ValueError: a name that does not exist, a size that is not positive, or nothing to check.
+    """
+    import torch
+
+    from bertkd.errors import unknown_name
+    from bertkd.ops.dispatch import IMPLS, op_of_loss, unavailable
+
+    ops = list(dict.fromkeys(op_of_loss(name) for name in config.ops))
+    for dtype in config.dtypes:
+        if dtype not in DTYPES:
+            raise unknown_name("dtype", dtype, DTYPES)
+    for name in ("batch_size", "heads", "length", "head_width", "hidden_width", "classes"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    fast = [impl for impl in IMPLS if impl not in ("eager", "chunked")]
+    for impl in config.impls:
+        if impl not in fast:
+            raise unknown_name("impl", impl, fast)
+        if (reason := unavailable(impl)) is not None:
+            raise ValueError(f"impls: {impl!r} cannot run here: {reason}.")
+    impls = config.impls or [impl for impl in fast if unavailable(impl) is None]
+    if not impls:
+        reasons = "; ".join(f"{impl}: {unavailable(impl)}" for impl in fast)
+        raise ValueError(f"no fast implementation runs here, nothing to check ({reasons}).")
+    return lambda: _run(config, ops, impls, device)
+
+
+def _run(config: Config, ops, impls, device) -> None:
+    import torch
+
+    from bertkd.ops.dispatch import implementation
+    from bertkd.ops.schema import float_tensors
+    from bertkd.ops.verify import TENSORS, Sizes, compare, random_case
+    from bertkd.study.table import Table
+
+    table = Table(["op", "impl", "dtype", "error", "allowed", "portable", "verdict"])
+    wrong = checked = 0
+    for op in ops or TENSORS:
+        for name in config.dtypes:
+            sizes = Sizes(
+                config.batch_size, config.heads, config.length, _widths(config, op), config.classes
+            )
+            dtypes = [getattr(torch, name)] * TENSORS[op]
+            case = random_case(op, dtypes, sizes, device, config.seed)
+            for impl in impls:
+                refusal = implementation(impl).refusal(op, float_tensors(case[1:]))
+                if refusal is not None:
+                    table.add(op, impl, name, "", "", "", f"not run: {refusal}")
+                    continue
+                checked += 1
+                try:
+                    found = compare(op, impl, case)
+                except (
+                    Exception
+                ) as error:  # a compiler's or a driver's: it is a finding, not an end
+                    wrong += 1
+                    table.add(op, impl, name, "", "", "", f"WRONG: {type(error).__name__}: {error}")
+                    continue
+                wrong += not found.agrees
+                errors = [found.error, found.allowed, found.portable_error]
+                verdict = "right" if found.agrees else "WRONG"
+                table.add(op, impl, name, *(f"{x:.1e}" for x in errors), verdict)
+    print(table.text())
+    if wrong:
+        raise ValueError(f"{wrong} of {checked} results are wrong; do not use that implementation.")
+    print(f"{checked} results checked on {device}, all right.")
+
+
+def _widths(config: Config, op: str) -> tuple[int, int]:
+    from bertkd.ops.verify import ATTENTION
+
+    if op in ATTENTION:
+        return config.head_width, config.head_width
+    width = config.classes if op == "softmax_kl" else config.hidden_width
+    return width, width

@@ -1,0 +1,118 @@
+"""Launchers of hidden_mse and hidden_cosine: one visit to every state gives the loss and the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from bertkd.kernels.hidden_cosine import hidden_cosine_kernel
+from bertkd.kernels.hidden_mse import hidden_mse_kernel
+from bertkd.ops.triton.attention import guard, unit_stride
+from bertkd.ops.triton.states import alignment, laid_out_like
+
+# Elements of a tile: 16 a thread, two loads of 16 bytes for 16-bit states.
+TILE = 2048
+# A row up to here stays in registers between hidden_cosine's sums and its gradient.
+WHOLE_WIDTH = 2048
+# Pointers are kernel arguments, of which there is room for 4 KiB.
+STATES_PER_LAUNCH = 32
+
+
+def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why ``op`` cannot run on ``tensors``: every width, layout and mix of dtypes is supported."""
+    return None
+
+
+def mse_config(width: int) -> dict[str, Any]:
+    """Tile of hidden_mse: of 512, 256 and 128 columns those that leave the fewest lanes idle."""
+    cols = triton.next_power_of_2(width)
+    if cols > 128:
+        cols = min((512, 256, 128), key=lambda c: triton.cdiv(width, c) * c)
+    return {"ROWS": max(1, TILE // cols), "COLS": cols, "num_warps": 4, "num_stages": 1}
+
+
+def cosine_config(width: int) -> dict[str, Any]:
+    """Tile of hidden_cosine: whole rows where they fit."""
+    whole = width <= WHOLE_WIDTH
+    cols = triton.next_power_of_2(width) if whole else TILE // 2
+    rows = max(1, TILE // cols)
+    return {"ROWS": rows, "COLS": cols, "WHOLE": whole, "num_warps": 4, "num_stages": 1}
+
+
+def hidden_mse_fwd_bwd(
+    row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """``sum_k sum_i w_i |h_s[k]_i - h_t[k]_i|^2`` over states of (N, d), and its gradients."""
+    students, teachers = [unit_stride(x) for x in h_s], [unit_stride(x) for x in h_t]
+    grads = [torch.empty_like(x) for x in students]
+    n_rows, width = h_s[0].shape
+    config = mse_config(width)
+    blocks = triton.cdiv(n_rows, config["ROWS"])
+    partials = torch.empty((len(h_s), blocks), dtype=torch.float32, device=row_weight.device)
+    done = 0
+    with guard(row_weight):
+        for group in _launches(students, teachers, grads):
+            s, t, g = (tuple(side[i] for i in group) for side in (students, teachers, grads))
+            hidden_mse_kernel[(blocks, len(group))](
+                s,
+                t,
+                g,
+                row_weight,
+                partials[done:],
+                n_rows,
+                width,
+                s[0].stride(0),
+                t[0].stride(0),
+                g[0].stride(0),
+                row_weight.stride(0),
+                ALIGN=alignment(width, s[0], t[0], g[0]),
+                **config,
+            )
+            done += len(group)
+    # One sum of a fixed shape: no atomics, the same bits every time.
+    loss = partials.sum()
+    return loss, [laid_out_like(x, grad) for x, grad in zip(h_s, grads, strict=True)]
+
+
+def _launches(*sides: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the states that can share a launch: one dtype and one row stride a side."""
+    groups: dict[tuple, list[int]] = {}
+    for index, states in enumerate(zip(*sides, strict=True)):
+        key = tuple((x.dtype, x.stride(0)) for x in states)
+        groups.setdefault(key, []).append(index)
+    size = STATES_PER_LAUNCH
+    return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
+
+
+def hidden_cosine_fwd_bwd(
+    row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-12
+) -> tuple[Tensor, Tensor]:
+    """``sum_i w_i (1 - cos(h_s_i, h_t_i))`` over (N, d), and its gradient."""
+    student, teacher = unit_stride(h_s), unit_stride(h_t)
+    grad = torch.empty_like(student)
+    n_rows, width = h_s.shape
+    config = cosine_config(width)
+    blocks = triton.cdiv(n_rows, config["ROWS"])
+    partials = torch.empty((blocks,), dtype=torch.float32, device=h_s.device)
+    with guard(h_s):
+        hidden_cosine_kernel[(blocks,)](
+            student,
+            teacher,
+            grad,
+            row_weight,
+            partials,
+            n_rows,
+            width,
+            student.stride(0),
+            teacher.stride(0),
+            grad.stride(0),
+            row_weight.stride(0),
+            eps,
+            ALIGN=alignment(width, student, teacher, grad),
+            **config,
+        )
+    return partials.sum(), laid_out_like(h_s, grad)

@@ -1,0 +1,434 @@
+"""The benchmark at work, at tiny shapes: verification, timing, memory, budget, folders, steps, comparison."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bertkd.bench import __main__ as command
+from bertkd.bench import (
+    compare,
+    contestants,
+    flex,
+    memory,
+    op_cases,
+    peers,
+    roofline,
+    runner,
+    step_runs,
+)
+from bertkd.bench.cases import Case, attention
+from bertkd.bench.ops import SPECS
+from bertkd.bench.record import read_rows
+from bertkd.bench.roofline import Ceilings, bound
+from bertkd.bench.selection import Selection
+from bertkd.bench.step_cases import Trainer, make_batches, step_case
+from bertkd.bench.timing import input_sets, interleaved, replayed
+from bertkd.bench.verify import Oracle, relative
+
+CPU = torch.device("cpu")
+SMALL = attention("relation_kl", (4, 3, 20, 8), "float32", padding="glue")
+CASES = [
+    SMALL,
+    attention("relation_kl", (2, 3, 17, 8), "bfloat16"),
+    attention("self_relation_kl", (3, 3, 20, 8), "float32", padding="glue"),
+    attention("attention_mse", (3, 3, 20, 8), "float32", padding="glue"),
+    Case("hidden_mse", width_s=8, width_t=8, rows=70, layers=2),
+    Case("hidden_proj_mse", width_s=8, width_t=12, rows=70),
+    Case("hidden_combine_mse", width_s=8, width_t=12, rows=70, layers=2),
+    Case("hidden_cosine", width_s=8, width_t=8, rows=70),
+    Case("softmax_kl", rows=70, classes=30),
+    Case("linear_kl", width_s=8, width_t=12, rows=70, classes=30),
+]
+
+
+def settings(impls=("eager", "chunked"), **options):
+    options = {"rounds": 3, "seconds": 1.0, "weigh": False, **options}
+    return op_cases.Settings(CPU, options.pop("selection", Selection()), tuple(impls), **options)
+
+
+def rows_of(case, impls=("eager", "chunked"), **options):
+    return list(op_cases.run_case(case, settings(impls, **options)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_is_verified_and_timed(case):
+    rows = rows_of(case, ceilings=lambda dtype: Ceilings(1e10, 1e11, 1e9))
+    assert {row.status for row in rows} == {"ok"}, [row.note for row in rows]
+    for mode in ("fwd", "fwd_bwd"):
+        for impl in ("eager", "chunked"):
+            found = {row.metric: row for row in rows if (row.mode, row.impl) == (mode, impl)}
+            assert found["time"].p20 <= found["time"].p50 <= found["time"].p80
+            assert found["time"].rounds == 3
+            assert found["roofline"].p50 > 0
+            assert ("speedup" in found) == (impl == "chunked")
+
+
+def wrong_loss(change):
+    """A contestant that computes relation_kl but for one change to its inputs or its loss."""
+
+    def loss(inputs):
+        return change(inputs, lambda x: SPECS["relation_kl"].call(x, "chunked"))
+
+    return lambda op: loss
+
+
+def scaled_gradient(inputs, call):
+    value = call(inputs)
+    return value + 0.5 * (value - value.detach())
+
+
+def scaled_gradient_of_many(inputs, call):
+    """Wrong only where there is more than the part."""
+    return (scaled_gradient if inputs.student[0].shape[0] == 4 else lambda x, f: f(x))(inputs, call)
+
+
+def last_sequence_dropped(inputs, call):
+    cut = [[x[:-1] for x in side] for side in inputs[:2]]
+    return call(inputs._replace(student=cut[0], teacher=cut[1], mask=inputs.mask[:-1]))
+
+
+def middle_sequence_dropped(inputs, call):
+    """Wrong only where no part looks."""
+    kept = [0, 1, 3] if inputs.student[0].shape[0] == 4 else slice(None)
+    cut = [[x[kept] for x in side] for side in inputs[:2]]
+    return call(inputs._replace(student=cut[0], teacher=cut[1], mask=inputs.mask[kept]))
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda inputs, call: call(inputs) * 1.001, "loss of a part"),
+        (lambda inputs, call: call(inputs) * float("nan"), "loss of a part is off by nan"),
+        (scaled_gradient, "gradient 1 of a part"),
+        (scaled_gradient_of_many, "gradient 1 of the case"),
+        (lambda inputs, call: call(inputs._replace(mask=None)), "loss of a part"),
+        (last_sequence_dropped, "loss of a part"),
+        (middle_sequence_dropped, "the case's loss is"),
+    ],
+)
+def test_a_wrong_contestant_gets_no_figure(change, wrong, monkeypatch):
+    monkeypatch.setitem(contestants.EXTRA, "wrong", wrong_loss(change))
+    monkeypatch.setattr("bertkd.bench.verify.OURS", ("wrong",))
+    rows = rows_of(SMALL, ("eager", "wrong"), selection=Selection({"mode": ("fwd_bwd",)}))
+    (row,) = [row for row in rows if row.impl == "wrong"]
+    assert row.status == "red"
+    assert wrong in row.note
+    assert row.p50 is None
+
+
+def test_a_contestant_that_raises_does_not_stop_the_others(monkeypatch):
+    def fails(inputs):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setitem(contestants.EXTRA, "broken", lambda op: fails)
+    rows = rows_of(SMALL, ("eager", "broken", "chunked"))
+    broken = [row for row in rows if row.impl == "broken"]
+    assert {(row.status, row.note) for row in broken} == {("error", "RuntimeError: no such kernel")}
+    assert any(row.impl == "chunked" and row.p50 for row in rows)
+
+
+def test_peers_that_are_missing_say_how_to_get_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "textbrewer", None)
+    monkeypatch.delenv(peers.LINEARARD, raising=False)
+    case = replace(SMALL, padding="full")
+    assert "pip install --no-deps textbrewer" in peers.why_not("textbrewer", case, CPU, "fwd_bwd")
+    assert peers.LINEARARD in peers.why_not("linearard", case, CPU, "fwd_bwd")
+    monkeypatch.setenv(peers.LINEARARD, "/nowhere")
+    assert "/nowhere has no kernels" in peers.why_not("linearard", case, CPU, "fwd_bwd")
+
+
+def test_linearard_is_found_in_a_checkout_under_a_name_of_its_own(tmp_path, monkeypatch):
+    folder = tmp_path / "kernels" / "attention_KL"
+    folder.mkdir(parents=True)
+    (folder / "definition.py").write_text(
+        "from bertkd.functional import relation_kl\n"
+        "def align(qs, ks, qt, kt, attn_mask, causal, sm_scale_s, sm_scale_t):\n"
+        "    assert not causal and qs.is_contiguous()\n"
+        "    return relation_kl(qs, ks, qt, kt, attn_mask, reduction='sum', impl='eager')\n"
+    )
+    (folder / "integration.py").write_text("from .definition import align as attn_kl_align\n")
+    monkeypatch.setenv(peers.LINEARARD, str(tmp_path))
+    assert "CUDA" in peers.why_not("linearard", SMALL, CPU, "fwd_bwd")
+    inputs = op_cases.make_inputs(SMALL, CPU)
+    verdict = Oracle("relation_kl", inputs).judge(
+        "linearard", peers.loss_of("linearard", "relation_kl"), "fwd_bwd"
+    )
+    assert verdict.wrong is None
+    assert "kernels" not in sys.modules
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("case", [SMALL, CASES[2]], ids=lambda case: case.op)
+def test_flex_attention_says_the_same(case, monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Compiling takes half a minute; the formula is what is tested here.
+    monkeypatch.setattr(flex, "_attention", lambda: flex_attention)
+    inputs = op_cases.make_inputs(case, CPU)
+    exact = SPECS[case.op].call(inputs.double(), "eager")
+    with torch.no_grad():
+        assert relative(flex.loss()(inputs), exact) < 1e-5
+    assert "no backward" in flex.why_not(case, CPU, "fwd_bwd")
+
+
+def test_interleaving_gives_all_the_same_rounds_and_keeps_to_its_time():
+    calls = []
+    times = interleaved({n: lambda n=n: calls.append(n) for n in "abc"}, rounds=4, warmup=1)
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
+    assert ["".join(calls[i : i + 3]) for i in range(0, 15, 3)] == [
+        "abc",
+        "bca",
+        "cab",
+        "abc",
+        "bca",
+    ]
+    assert len(interleaved({"a": lambda: None}, rounds=99, seconds=0.0)["a"]) == 3
+
+
+def test_replays_visit_everybody_twice_and_live_one_at_a_time():
+    order = []
+
+    class Replay:
+        note = "cuda graph"
+
+        def __init__(self, name):
+            self.name = name
+            if name == "big":
+                raise torch.OutOfMemoryError("too big")
+
+        def __call__(self):
+            order.append(self.name)
+            return {"a": 1.0, "b": 2.0}[self.name]
+
+    makers = {name: (lambda name=name: Replay(name)) for name in ("a", "big", "b")}
+    times, notes = replayed(makers, rounds=6, seconds=9.0)
+    assert times == {"a": [1.0] * 6, "big": [], "b": [2.0] * 6}
+    assert notes == {"a": "cuda graph", "big": "out of memory", "b": "cuda graph"}
+    # Two replays to warm up and three that count, forwards and then backwards.
+    assert "".join(order) == "a" * 5 + "b" * 10 + "a" * 5
+
+
+def test_inputs_rotate_through_more_than_the_cache():
+    assert input_sets(10 * 2**20, 50 * 2**20) * 10 > 100
+    assert (input_sets(2**40, 2**20), input_sets(1, 2**30)) == (2, 16)
+
+
+def test_bound_is_the_slowest_resource():
+    work = SPECS["relation_kl"].work(attention("relation_kl", (1, 1, 100, 10), "float32"), True)
+    # Six tensors of 100 x 10 floats; two scores and two gradients of 2 L^2 D; two exponentials a pair.
+    assert work == (6 * 1000 * 4, 4 * 2 * 100 * 100 * 10, 2 * 100 * 100)
+    assert bound(work, Ceilings(1e3, 1e9, 1e9)) == (24.0, "bytes")
+    assert bound(work, Ceilings(1e9, 1e9, 1e3)) == (20.0, "exps")
+
+
+def test_ceilings_are_measured_here():
+    found = roofline.MeasuredCeilings(CPU)
+    assert found("float32") is found("float32")
+    assert all(1e7 < value < 1e14 for value in found.found["float32"])
+
+
+def touch(mebibytes):
+    """For a child process: a run that holds so much at once, beside what was there before."""
+    kept = bytearray(b"x") * (50 * 2**20)
+
+    def run():
+        block = bytearray(b"x") * (mebibytes * 2**20)
+        return len(kept) + len(block)
+
+    return run
+
+
+def explode():
+    raise ValueError("cannot be prepared")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_of_a_child_counts_the_run_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(runner.Path(__file__).parent))
+    assert memory.peak_in_child(touch, 64) / 2**20 == pytest.approx(64, abs=6)
+    with pytest.raises(RuntimeError, match="ValueError: cannot be prepared"):
+        memory.peak_in_child(explode)
+    eager, chunked = (
+        memory.peak_in_child(
+            op_cases.prepared, attention("relation_kl", (2, 4, 512, 16), "float32"), impl
+        )
+        for impl in ("eager", "chunked")
+    )
+    assert eager > 3 * 2 * 4 * 512**2 * 4
+    assert chunked < eager / 2
+
+
+@pytest.fixture
+def small_cases(monkeypatch):
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda *_: Ceilings(1e10, 1e11, 1e9))
+    cases = [SMALL, replace(CASES[3], importance=2), step_case("tiny", 2, 12, importance=3)]
+    monkeypatch.setattr(runner, "all_cases", lambda device: cases)
+    return cases
+
+
+def test_a_run_fills_a_folder_and_a_second_one_replaces_its_cases(small_cases, tmp_path):
+    folder = tmp_path / "results"
+    said = []
+    options = runner.Options(
+        "impl=eager|chunked", "cpu", str(folder), rounds=3, seconds=0.5, memory=False
+    )
+    runner.run(runner.plan(options), said.append)
+    assert {p.name for p in folder.iterdir()} >= {
+        "results.csv",
+        "environment.json",
+        "summary.md",
+        "roofline.png",
+        "steps.png",
+    }
+    rows = read_rows(folder / "results.csv")
+    assert {row.op for row in rows if row.kind != "ceiling"} == {case.op for case in small_cases}
+    assert {row.unit for row in rows if row.kind == "ceiling"} == {"bytes/s", "flops/s", "exps/s"}
+    assert all(row.threads == torch.get_num_threads() and row.torch and row.date for row in rows)
+    assert said[-1].splitlines()[0].startswith("case")
+    assert json.loads((folder / "environment.json").read_text())["left_out"] == []
+    again = replace(options, select="attention_mse,impl=chunked", plots=False)
+    runner.run(runner.plan(again), said.append)
+    assert len(read_rows(folder / "results.csv")) == len(rows)
+
+
+def test_a_budget_keeps_the_most_important_and_names_the_rest(small_cases, tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(runner, "measured", lambda case, settings: iter(()))
+    said = []
+    options = runner.Options(None, "cpu", str(tmp_path / "r"), budget_minutes=1.0, plots=False)
+    runner.run(runner.plan(options), said.append)
+    # The clock reads 0.7 minutes before the first case and 1.3 before the second.
+    assert [case.name in "".join(said) for case in small_cases] == [True, True, True]
+    left_out = json.loads((tmp_path / "r" / "environment.json").read_text())["left_out"]
+    assert left_out == [case.name for case in small_cases[1:]]
+    assert any(text.startswith("left out for want of time (2)") for text in said)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--select", "relatoin_kl"], "Did you mean 'relation_kl'"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--rounds", "2"], "rounds must be at least 3"),
+        (["--budget_minutes", "-1"], "budget_minutes must be positive"),
+        (["--select", "relation_kl,L=2048,D=64"], "leaves no case"),
+        (["report", "/nowhere"], "/nowhere"),
+        (["compare", "--base", "no-such-commit"], "no-such-commit"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(words, message, capsys):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert command.main(words) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert len(text.splitlines()) == 1
+
+
+def test_list_names_cases_and_reasons(capsys):
+    assert command.main(["--list", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "relation_kl[B8 H12 L128 Ds64 Dt64 float32]" in text
+    assert "triton" in text
+
+
+def test_steps_agree_with_eager_and_are_timed():
+    for case in (step_case("tiny", 2, 12, padding="glue"), step_case("tiny_qkv", 2, 12)):
+        rows = list(step_runs.run_step(case, settings(selection=Selection({"impl": ("chunked",)}))))
+        found = {row.metric: row for row in rows}
+        assert {row.status for row in rows} == {"ok"}, rows
+        assert found["throughput"].p50 > 0
+        assert found["speedup"].against == "eager"
+        assert {row.impl for row in rows} == {"chunked"}
+
+
+def test_a_step_that_differs_from_eager_gets_no_figure(monkeypatch):
+    loss = Trainer.loss
+    monkeypatch.setattr(
+        Trainer,
+        "loss",
+        lambda self, batch: loss(self, batch) * (1 if self.impl == "eager" else 1.1),
+    )
+    rows = list(step_runs.run_step(step_case("tiny", 2, 12), settings()))
+    (row,) = [row for row in rows if row.impl == "chunked"]
+    assert row.status == "red"
+    assert "loss is off eager's" in row.note
+
+
+def test_batches_of_glue_lengths_are_padded_to_their_own_longest():
+    batches = make_batches(step_case("tiny", 16, 128, padding="glue"), CPU)
+    masks = [batch["attention_mask"] for batch in batches]
+    assert len({mask.shape[1] for mask in masks}) > 1
+    for mask in masks:
+        assert mask.sum(1).max() == mask.shape[1]
+        assert mask.sum(1).min() >= 8
+
+
+def test_largest_that_fits():
+    for limit in (1, 7, 64, 100, 1000):
+        found = step_runs.largest_that(lambda batch, limit=limit: batch <= limit, 32)
+        assert limit * 7 // 8 <= found <= limit
+    assert step_runs.largest_that(lambda batch: False, 32) == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "word"),
+    [
+        ([1.00, 1.01, 0.99], [1.00, 1.02, 1.00], "same"),
+        ([1.00, 1.01, 0.99], [1.25, 1.24, 1.26], "slower"),
+        ([1.00, 1.01, 0.99], [0.80, 0.81, 0.79], "faster"),
+        ([1.00, 1.40, 0.80], [1.20, 1.60, 1.00], "unclear"),
+        # Both sides slow down together: the pairs show that nothing changed.
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], "same"),
+        ([1.00, 1.00, 1.00], [1.09, 1.09, 1.09], "same"),
+    ],
+)
+def test_verdicts(base, new, word):
+    assert compare.judge(base, new).word == word
+
+
+def test_timer_takes_turns(monkeypatch):
+    order = []
+
+    def one(self, tree):
+        order.append(tree)
+        return 1.0
+
+    monkeypatch.setattr(compare.Timer, "_one", one)
+    timer = compare.Timer(SMALL, "chunked", "fwd", 3, "cpu")
+    assert timer.pairs("base", "new", 3) == ([1.0] * 3, [1.0] * 3)
+    assert order == ["base", "new", "new", "base", "base", "new"]
+
+
+def test_either_tree_is_timed_by_this_code_in_a_process_of_its_own(tmp_path):
+    root = runner.Path(runner.__file__).resolve().parents[2]
+    timer = compare.Timer(SMALL, "chunked", "fwd_bwd", 3, "cpu")
+    assert 0 < timer._one(root) < 10
+    with pytest.raises(compare.Unavailable, match="bertkd was imported from"):
+        timer._one(tmp_path)
+
+
+def test_the_bench_needs_torch_alone(tmp_path):
+    """On a GPU machine transformers, matplotlib and jsonargparse may be missing."""
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'matplotlib', 'jsonargparse', 'datasets', 'accelerate'):\n"
+        "    sys.modules[name] = None\n"
+        "from bertkd.bench import runner, ops_attention\n"
+        "from bertkd.bench.cases import attention\n"
+        "from bertkd.bench.step_cases import step_case\n"
+        "cases = [attention('relation_kl', (1, 2, 9, 4), 'float32'), step_case('tiny', 2, 12)]\n"
+        "runner.all_cases = lambda device: cases\n"
+        f"options = runner.Options('impl=chunked', 'cpu', {str(tmp_path / 'r')!r}, 3, 0.2, memory=False)\n"
+        "rows = runner.run(runner.plan(options))\n"
+        "assert {r.status for r in rows if r.kind == 'op'} == {'ok'}, rows\n"
+        "assert {r.status for r in rows if r.kind == 'step'} == {'error'}, rows\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no plots" in done.stdout

@@ -1,0 +1,172 @@
+"""The Triton kernels on a real GPU, where the interpreter's proof ends: run by `make gpu`."""
+
+import pytest
+import torch
+from attention_cases import qkv, ragged_mask, value_and_grads
+from oracle import relative
+
+import bertkd
+from bertkd import functional
+from bertkd.ops import dispatch, verify
+from bertkd.ops.dispatch import implementation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ATTENTION = {
+    "attention_kl": lambda q, k, q_t, k_t, *mask, **o: functional.attention_kl(
+        q, k, q_t, k_t, *mask, **o
+    ),
+    "value_relation_kl": lambda q, k, q_t, k_t, *mask, **o: (
+        functional.value_relation_kl(q, q_t, *mask, **o)
+        + functional.value_relation_kl(k, k_t, *mask, **o)
+    ),
+    "attention_mse": lambda q, k, q_t, k_t, *mask, **o: functional.attention_mse(
+        q, k, q_t, k_t, *mask, **o
+    ),
+}
+
+
+def on_gpu(tensors):
+    # `.cuda()` of a view keeps its strides: (B, L, H, D) memory seen as (B, H, L, D).
+    return [x.cuda() for x in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 17, 64, 127, 128, 200, 513])
+@pytest.mark.parametrize("widths", [(16, 16), (32, 64), (64, 64), (128, 128), (40, 24)])
+@pytest.mark.parametrize("name", sorted(ATTENTION))
+def test_attention_errs_at_most_twice_as_much_as_eager(name, widths, length, dtype):
+    loss = ATTENTION[name]
+    student = on_gpu(qkv(3, 4, length, widths[0], seed=0, dtype=dtype))
+    teacher = on_gpu(qkv(3, 4, length, widths[1], seed=1, dtype=dtype))
+    mask = ragged_mask(3, length, seed=2, empty_row=True).cuda()
+    for reduction in ("mean", "none"):
+        double = [[x.double() for x in side] for side in (student, teacher)]
+        options = {"reduction": reduction}
+        exact = value_and_grads(loss, double[0], *double[1], mask, impl="eager", **options)
+        eager = value_and_grads(loss, student, *teacher, mask, impl="eager", **options)
+        actual = value_and_grads(loss, student, *teacher, mask, impl="triton", **options)
+        tolerance = verify.TOLERANCE[dtype]
+        for got, same, want in zip(actual, eager, exact, strict=True):
+            assert got.dtype == same.dtype
+            assert relative(got, want) <= 2 * relative(same, want) + tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [61, 253])
+@pytest.mark.parametrize("op", sorted(verify.TENSORS))
+def test_every_op_agrees_with_float64(op, length, dtype):
+    for widths in ((64, 64), (128, 128)):
+        sizes = verify.Sizes(length=length, widths=widths, vocabulary=30522)
+        case = verify.random_case(op, [dtype] * verify.TENSORS[op], sizes, "cuda")
+        found = verify.compare(op, "triton", case)
+        assert found.agrees, found
+
+
+@pytest.mark.parametrize("mixed", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+@pytest.mark.parametrize("op", ["relation_kl", "self_relation_kl", "attention_mse", "softmax_kl"])
+def test_student_and_teacher_of_different_dtypes(op, mixed):
+    count = verify.TENSORS[op] // 2
+    dtypes = [mixed[0]] * count + [mixed[1]] * count
+    for length in (61, 253):
+        case = verify.random_case(op, dtypes, verify.Sizes(length=length), "cuda")
+        assert verify.compare(op, "triton", case).agrees
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [100, 600])
+@pytest.mark.parametrize("op", sorted(verify.TENSORS))
+def test_bitwise_equal_over_100_runs(op, length, dtype):
+    sizes = verify.Sizes(batch=8, length=length)
+    case = verify.random_case(op, [dtype] * verify.TENSORS[op], sizes, "cuda")
+    function = getattr(implementation("triton"), f"{op}_fwd_bwd")
+    first = verify._flat(function(*case))
+    for _ in range(100):
+        for once, again in zip(first, verify._flat(function(*case)), strict=True):
+            assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [100, 600])
+@pytest.mark.parametrize("name", sorted(ATTENTION))
+def test_equal_networks_give_exactly_zero(name, length, dtype):
+    student = on_gpu(qkv(2, 4, length, 64, seed=0, dtype=dtype))
+    mask = ragged_mask(2, length, seed=1).cuda()
+    for result in value_and_grads(ATTENTION[name], student, *student, mask, impl="triton"):
+        assert (result == 0).all()
+
+
+@pytest.mark.parametrize("length", [100, 600])
+@pytest.mark.parametrize("name", sorted(ATTENTION))
+def test_captured_in_a_graph_and_replayed_on_new_data(name, length):
+    student = on_gpu(qkv(2, 4, length, 64, seed=0, dtype=torch.bfloat16))
+    teacher = on_gpu(qkv(2, 4, length, 64, seed=1, dtype=torch.bfloat16))
+    mask = ragged_mask(2, length, seed=2).cuda()
+
+    def run():
+        return value_and_grads(ATTENTION[name], student, *teacher, mask, impl="triton")
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for x in (*student, *teacher):
+        x.copy_(torch.randn_like(x))
+    mask.copy_(ragged_mask(2, length, seed=9))
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, run(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", sorted(ATTENTION))
+def test_compiled_without_graph_breaks(name):
+    student = on_gpu(qkv(2, 4, 80, 64, seed=0, dtype=torch.bfloat16))
+    teacher = on_gpu(qkv(2, 4, 80, 64, seed=1, dtype=torch.bfloat16))
+    compiled = torch.compile(ATTENTION[name], fullgraph=True)
+    plain = value_and_grads(ATTENTION[name], student, *teacher, impl="triton")
+    fast = value_and_grads(compiled, student, *teacher, impl="triton")
+    for got, want in zip(fast, plain, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("length", [8192, 16384])
+def test_memory_at_long_sequences_is_a_fraction_of_the_maps(length):
+    student = on_gpu(qkv(1, 12, length, 64, seed=0, dtype=torch.bfloat16))
+    teacher = on_gpu(qkv(1, 12, length, 64, seed=1, dtype=torch.bfloat16))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = value_and_grads(functional.attention_kl, student, *teacher, impl="triton")
+    extra = torch.cuda.max_memory_allocated() - before
+    assert all(torch.isfinite(x).all() for x in results)
+    # Eager keeps at least four float32 maps.
+    assert extra < 0.02 * 4 * 12 * length**2 * 4
+
+
+def test_nothing_waits_for_the_device():
+    student = on_gpu(qkv(2, 4, 200, 64, seed=0, dtype=torch.bfloat16))
+    teacher = on_gpu(qkv(2, 4, 200, 64, seed=1, dtype=torch.bfloat16))
+    mask = ragged_mask(2, 200, seed=2).cuda()
+    results = {}
+    for name, loss in ATTENTION.items():
+        value_and_grads(loss, student, *teacher, mask, impl="triton")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results[name] = value_and_grads(loss, student, *teacher, mask, impl="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(x).all() for values in results.values() for x in values)
+
+
+def test_auto_takes_triton_after_its_check():
+    tensors = on_gpu(qkv(2, 4, 200, 64, seed=0, dtype=torch.bfloat16)) * 2
+    assert "triton (the fastest on cuda)" in bertkd.explain("attention_kl", *tensors)
+    assert dispatch.resolve("relation_kl", "auto", tensors).impl == "triton"

@@ -1,0 +1,80 @@
+"""``bertkd tune``: the fastest right configuration is stored, a wrong or failing one never."""
+
+import json
+
+import pytest
+import torch
+
+from bertkd.bench import tune
+from bertkd.cli.main import main
+from bertkd.ops import triton as kernels
+from bertkd.ops.triton import config
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch, tmp_path):
+    """A GPU by name only; the interpreter runs the kernels, and small candidates keep it short."""
+    monkeypatch.setenv("BERTKD_TUNE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fast GPU 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    tried = [config.Config(32, 32, 4, 1), config.Config(16, 32, 4, 1), config.Config(16, 16, 4, 1)]
+    monkeypatch.setattr(tune, "candidates", lambda *_: iter(tried))
+    monkeypatch.setattr(tune, "HEADS", 1)
+    monkeypatch.setattr(tune, "WORKLOADS", {"grad_rows": ("relation_kl", "fwd_bwd", 67)})
+    return tmp_path / "Fast-GPU-9000.json"
+
+
+def run(times):
+    """Tune with a timer that gives ``times`` in turn, after running the kernel."""
+    times = iter(times)
+
+    def timer(call):
+        call()
+        return next(times)
+
+    found = tune.tune([torch.float32], [16], ["grad_rows"], device="cpu", tokens=67, timer=timer)
+    return list(found)
+
+
+def test_the_fastest_is_stored(pretended_gpu):
+    (found,) = run([2.0, 1.0, 1.5])
+    assert found.config == config.Config(16, 32, 4, 1)
+    assert json.loads(pretended_gpu.read_text()) == {"grad_rows/32/16": [16, 32, 4, 1]}
+    assert config.read_tuned("Fast GPU 9000") == {"grad_rows/32/16": found.config}
+
+
+def test_noise_stores_nothing(pretended_gpu):
+    (found,) = run([1.0, 0.98, 1.2])
+    assert not found.is_faster
+    assert not pretended_gpu.exists()
+
+
+def test_wrong_and_failing_candidates_are_out(pretended_gpu, monkeypatch):
+    real = kernels.relation_kl_fwd_bwd
+
+    def faulty(*args):
+        used = config.lookup("grad_rows", args[1], args[3])
+        if used.block_m == 16 and used.block_n == 32:
+            raise RuntimeError("out of shared memory")
+        loss, *grads = real(*args)
+        return (loss * 2, *grads) if used.block_n == 16 else (loss, *grads)
+
+    monkeypatch.setattr(kernels, "relation_kl_fwd_bwd", faulty, raising=False)
+    (found,) = run([2.0, 0.1, 0.1])
+    assert found.config == found.shipped
+
+
+def test_a_gpu_is_needed_and_options_are_checked(capsys):
+    assert main(["tune", "--forms", "[grad_row]"]) == 2
+    assert "unknown form 'grad_row'. Did you mean 'grad_rows'" in capsys.readouterr().err
+    assert main(["tune", "--dtypes", "[int8]"]) == 2
+    assert "unknown dtype 'int8'" in capsys.readouterr().err
+    assert main(["tune", "--head_widths", "[200]"]) == 2
+    assert "between 1 and 128, got 200" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["tune"]) == 2
+        assert "no CUDA device was found" in capsys.readouterr().err
+
+
+def test_every_form_has_a_workload():
+    assert set(tune.WORKLOADS) == set(config.FORMS)
