@@ -11,9 +11,9 @@ from bertkd.ops.chunked.tiles import Workspace, budget, kl_sweep
 from bertkd.reference import compute_dtype
 
 
-def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows such that a block of ``width`` columns fits the tile budget."""
-    step = max(1, budget(device) // max(1, width))
+def row_blocks(rows: int, width: int, device: torch.device, least: int = 1) -> Iterator[slice]:
+    """Slices of rows such that a block of ``width`` columns fits the tile budget, but of ``least`` rows at least."""
+    step = max(least, budget(device) // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
