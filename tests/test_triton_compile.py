@@ -26,11 +26,9 @@ def report(cache, *arguments):
     return result.returncode, result.stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    "selection", [["--quick", "--arch", "80", "90"], pytest.param([], marks=pytest.mark.slow)]
-)
-def test_kernels_are_within_their_budgets(selection, tmp_path):
-    status, lines = report(tmp_path, *selection)
+def test_kernels_are_within_their_budgets(tmp_path):
+    """One case of every form; `make kernels-report` compiles all of them, which takes a quarter of an hour."""
+    status, lines = report(tmp_path, "--quick", "--arch", "80", "90")
     *rows, summary = lines[1:]
     assert status == 0, "\n".join(lines)
     assert all(row.endswith("ok") for row in rows)
