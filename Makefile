@@ -38,8 +38,11 @@ gpu: gpu-build gpu-test gpu-bench
 gpu-build:  ## csrc for the GPU of this machine alone
 	BERTKD_CUDA_ARCHS=native $(PYTHON) setup.py build_ext --inplace
 
+# Most of the time goes into compiling kernels, so several workers help where pytest-xdist is there.
+WORKERS = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6")
+
 gpu-test:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_*gpu.py $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_*gpu.py $(WORKERS) $(ARGS)
 
 gpu-bench:
 	PYTHONPATH=. $(PYTHON) -m bertkd.bench --device cuda --budget_minutes $(MINUTES) $(SELECTED)
