@@ -32,7 +32,7 @@ bench-compare: $(VENV)/.dev  ## this tree against the commit BASE, case by case;
 kernels-report: $(VENV)/.dev  ## registers, spills, shared memory and instructions of every Triton kernel; needs no GPU
 	$(BIN)/python benchmarks/kernels_report --jobs 2
 
-# On a GPU machine that already has torch, triton and transformers; needs no network. About ten minutes in all.
+# On a GPU machine that already has torch, triton and transformers; needs no network. Meant to take ten minutes.
 gpu: gpu-build gpu-test gpu-bench
 
 gpu-build:  ## csrc for the GPU of this machine alone
