@@ -27,7 +27,8 @@ from bertkd.bench.roofline import Ceilings, bound
 from bertkd.bench.selection import Selection
 from bertkd.bench.step_cases import Trainer, make_batches, step_case
 from bertkd.bench.timing import input_sets, interleaved, replayed
-from bertkd.bench.verify import Oracle, relative
+from bertkd.bench.verify import Oracle
+from bertkd.ops.verify import relative_error
 
 CPU = torch.device("cpu")
 SMALL = attention("relation_kl", (4, 3, 20, 8), "float32", padding="glue")
@@ -173,7 +174,7 @@ def test_flex_attention_says_the_same(case, monkeypatch):
     inputs = op_cases.make_inputs(case, CPU)
     exact = SPECS[case.op].call(inputs.double(), "eager")
     with torch.no_grad():
-        assert relative(flex.loss()(inputs), exact) < 1e-5
+        assert relative_error(flex.loss()(inputs), exact) < 1e-5
     assert "no backward" in flex.why_not(case, CPU, "fwd_bwd")
 
 

@@ -14,8 +14,8 @@ from bertkd.bench.op_cases import BASELINE, Settings, first_line
 from bertkd.bench.record import Row
 from bertkd.bench.step_cases import Trainer, prepared
 from bertkd.bench.timing import interleaved, ratios, release_memory, spread
-from bertkd.bench.verify import relative
 from bertkd.ops.dispatch import unavailable
+from bertkd.ops.verify import relative_error
 
 CONTESTANTS = (BASELINE, *OURS)
 # Whole networks in bfloat16 differ by their own rounding, which depends on the attention kernel.
@@ -85,7 +85,7 @@ def compare(found: list, wanted: list, dtype: str) -> tuple[float, str | None]:
     ):
         if got.shape != want.shape:
             return worst, "another set of parameters has gradients than with eager"
-        error = relative(got, want)
+        error = relative_error(got, want)
         worst = max(worst, error)
         if not error <= limit:
             return worst, f"{what} is off eager's by {error:.1e} (limit {limit:.0e})"

@@ -12,6 +12,7 @@ from bertkd.bench import peers
 from bertkd.bench.contestants import OURS, run_once
 from bertkd.bench.ops import SPECS
 from bertkd.bench.spec import Inputs, Loss
+from bertkd.ops.verify import relative_error
 
 # Ours: at most twice the error of the eager definition in the same dtype, and this.
 FLOOR = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -37,7 +38,7 @@ class Oracle:
         exact = self.part.double()
         self.exact = run_once(lambda x: self.spec.call(x, "eager"), "fwd_bwd", exact)
         same = run_once(lambda x: self.spec.call(x, "eager"), "fwd_bwd", self.part)
-        self.rounding = [relative(a, b) for a, b in zip(same, self.exact, strict=True)]
+        self.rounding = [relative_error(a, b) for a, b in zip(same, self.exact, strict=True)]
         self.dtype = str(inputs.student[0].dtype).removeprefix("torch.")
         self.whole = self._whole()
 
@@ -81,7 +82,7 @@ class Oracle:
     def _compare(
         self, worst: float, impl: str, place: int, got: Tensor, want: Tensor, where: str
     ) -> tuple[float, str | None]:
-        error = relative(got, want)
+        error = relative_error(got, want)
         limit = LIMIT_OF_PEERS[self.dtype]
         if impl in OURS:
             limit = 2 * self.rounding[place] + FLOOR[self.dtype]
@@ -99,10 +100,3 @@ class Oracle:
         if not abs(value - self.whole) <= limit:
             return f"the case's loss is {value:.6g}, eager's {self.whole:.6g}"
         return None
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the error over the norm of what is wanted; the error itself where that is 0."""
-    error = (got.double() - want.double()).norm().item()
-    size = want.double().norm().item()
-    return error / size if size > 0 else error

@@ -214,13 +214,15 @@ def _results(returned: Any) -> list[Tensor]:
 
 
 def _largest_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    errors = [_relative_error(result, right) for result, right in zip(results, truth, strict=True)]
+    errors = [relative_error(result, right) for result, right in zip(results, truth, strict=True)]
     # NaN compares as false with everything and would pass for small.
     return max(error if error == error else float("inf") for error in errors)
 
 
-def _relative_error(result: Tensor, right: Tensor) -> float:
+def relative_error(result: Tensor, right: Tensor) -> float:
+    """Norm of the error over the norm of what is right, in float64; the error itself where that is 0."""
     if right.numel() == 0:
         return 0.0
+    right = right.double()
     error, size = (result.double() - right).norm().item(), right.norm().item()
     return error / size if size > 0 else error
