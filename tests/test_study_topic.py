@@ -11,7 +11,14 @@ from bertkd.training.recipe import Recipe
 
 def run(method, seed, accuracy):
     scores = {split: {"accuracy": accuracy} for split in ("validation", "test")}
-    return Run(method, seed, scores, steps=10, seconds=5.0)
+    curve = [(4, accuracy - 0.03), (6, accuracy - 0.01), (10, accuracy)]
+    return Run(method, seed, scores, steps=10, seconds=5.0, curve=curve)
+
+
+PLATEAU = (
+    "teacher: best validation accuracy {} at update 10 of 10; the last third of its updates "
+    "brought 1.0 points."
+)
 
 
 def test_findings_compare_seed_by_seed_and_warn_of_a_weak_teacher():
@@ -19,6 +26,7 @@ def test_findings_compare_seed_by_seed_and_warn_of_a_weak_teacher():
     runs += [run("kd", 1, 0.53), run("kd", 2, 0.55), run("att_kl, then kd", 1, 0.70)]
     notes = findings(group(runs), "accuracy")
     # kd gains 3 and 1 points: mean 2, sample standard deviation sqrt(2).
+    assert notes.pop(0) == PLATEAU.format("0.600")
     assert notes[0] == "kd: 2.0 ± 1.4 points of accuracy over labels only, better in 2 of 2 seeds."
     assert notes[1].startswith("att_kl, then kd: 20.0 points")
     assert notes[2].startswith("WARNING: att_kl, then kd (0.700) overtakes the teacher (0.600)")
@@ -30,8 +38,17 @@ def test_findings_compare_seed_by_seed_and_warn_of_a_weak_teacher():
 def test_a_student_that_loses_is_reported_too():
     runs = [run("teacher", 1, 0.9), run("labels only", 1, 0.7), run("kd", 1, 0.6)]
     assert findings(group(runs), "accuracy") == [
-        "kd: -10.0 points of accuracy over labels only, better in 0 of 1 seeds."
+        PLATEAU.format("0.900"),
+        "kd: -10.0 points of accuracy over labels only, better in 0 of 1 seeds.",
     ]
+
+
+def test_a_teacher_that_still_learns_is_warned_of():
+    rising = dataclasses.replace(run("teacher", 1, 0.9), curve=[(3, 0.5), (6, 0.85), (9, 0.9)])
+    note = findings(group([rising, run("labels only", 1, 0.7)]), "accuracy")[0]
+    assert note.startswith("WARNING: teacher: best validation accuracy 0.900 at update 9 of 10")
+    assert "brought 5.0 points" in note
+    assert note.endswith("raise teacher_steps.")
 
 
 @pytest.fixture
@@ -58,6 +75,8 @@ def test_study_runs_reports_and_keeps_finished_runs(study, tmp_path, capsys):
     assert kinds == [("teacher", 1)] + [(method, seed) for seed in (1, 2) for method in methods]
     # Every student makes as many updates, in one stage or in two.
     assert [found["steps"] for found in results["runs"][1:]] == [6] * 6
+    # All of them are evaluated to the end, the last update of a second stage included.
+    assert [found["curve"][-1][0] for found in results["runs"]] == [24] + [6] * 6
     assert "over labels only" in capsys.readouterr().out
     assert (out / "bars.png").stat().st_size > 10_000
     assert not list(out.rglob("checkpoint-*"))

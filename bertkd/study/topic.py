@@ -99,10 +99,12 @@ class _Attempt:
         if not path.is_file():
             return None
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if any(saved.get(key) != value for key, value in self.identity.items()):
+        # A field that another version did not write yet is another setting too.
+        wanted = {field.name for field in fields(Run)}
+        if not wanted <= saved.keys() or any(saved[k] != v for k, v in self.identity.items()):
             logger.warning("%s was made with other settings and is made anew", self.folder)
             return None
-        return Run(**{field.name: saved[field.name] for field in fields(Run)})
+        return Run(**{name: saved[name] for name in wanted})
 
     def train(
         self,
@@ -115,6 +117,7 @@ class _Attempt:
         training, start = self.folder / "training", time.monotonic()
         shutil.rmtree(training, ignore_errors=True)
         total, done, taken = sum(stage.steps for stage in self.stages), 0, 0
+        curve: list[tuple[int, float]] = []
         with progress.phase(self.name) as tick:
             for number, stage in enumerate(self.stages, start=1):
                 module = build(stage)
@@ -131,10 +134,12 @@ class _Attempt:
                         teacher_score=teacher_score,
                         progress=False,
                     )
+                seen = f"eval_{stage.metric}"
+                curve += [(taken + row["step"], row[seen]) for row in result.history if seen in row]
                 done, taken = done + stage.steps, taken + result.steps
             scores = judge_all(model, workload)
         shutil.rmtree(training)
-        run = Run(self.method, self.seed, scores, taken, time.monotonic() - start)
+        run = Run(self.method, self.seed, scores, taken, time.monotonic() - start, curve)
         write_json(self.folder / "run.json", {**asdict(run), **self.identity})
         return run
 

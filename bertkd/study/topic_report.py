@@ -13,6 +13,9 @@ from bertkd.study.plots import plot_score_bars
 from bertkd.study.table import Table, human_time, mean_std
 from bertkd.study.workload import Scores, Workload
 
+# A teacher whose last third of updates brings more than this still learns.
+PLATEAU_POINTS = 2.0
+
 
 @dataclass(frozen=True)
 class Run:
@@ -24,6 +27,7 @@ class Run:
         scores: split -> score name -> value.
         steps: updates made; fewer than planned where it stopped early.
         seconds: training and scoring.
+        curve: ``(update, validation score)`` of each evaluation, by the metric that chose the weights.
     """
 
     method: str
@@ -31,6 +35,7 @@ class Run:
     scores: Scores
     steps: int
     seconds: float
+    curve: list[tuple[int, float]]
 
 
 def write_report(output_dir: Path, workload: Workload, runs: Sequence[Run]) -> None:
@@ -92,10 +97,11 @@ def method_table(by_method: dict[str, list[Run]], metric: str) -> Table:
 
 
 def findings(by_method: dict[str, list[Run]], metric: str) -> list[str]:
-    """Each distilled method against the label-only students, seed by seed, and against the teacher."""
-    teacher = by_method["teacher"][0].scores["test"][metric]
+    """The teacher's plateau; each distilled method against labels only, seed by seed, and the teacher."""
+    (lesson,) = by_method["teacher"]
+    teacher = lesson.scores["test"][metric]
     plain = {run.seed: run.scores["test"][metric] for run in by_method["labels only"]}
-    notes = []
+    notes = [_plateau(lesson, metric)]
     for method, runs in by_method.items():
         if method == "teacher":
             continue
@@ -113,3 +119,17 @@ def findings(by_method: dict[str, list[Run]], metric: str) -> list[str]:
                 "teacher longer before concluding anything."
             )
     return notes
+
+
+def _plateau(teacher: Run, metric: str) -> str:
+    """What the last third of the teacher's updates still brought on the validation split."""
+    best_at, best = max(teacher.curve, key=lambda point: point[1])
+    early = [score for step, score in teacher.curve if step <= teacher.steps * 2 / 3]
+    gain = 100 * (best - max(early, default=0.0))
+    note = (
+        f"teacher: best validation {metric} {best:.3f} at update {best_at} of {teacher.steps}; the last third "
+        f"of its updates brought {gain:.1f} points."
+    )
+    if gain > PLATEAU_POINTS:
+        return f"WARNING: {note} It is not at its plateau: raise teacher_steps."
+    return note
