@@ -199,27 +199,27 @@ def _attention_loss(
     weight = weight[:, None, :].expand(batch, heads, length)
     keys = _key_count(mask, count_pads, rows, weight) if per_pair else None
 
-    if impl == "eager":
-        loss = weight * eager_rows(
-            a_s, b_s, a_t, b_t, mask, scale_s=scale_s, scale_t=scale_t, **eager_option
-        )
+    if keys is None:
+        divisor: Tensor | None = count * heads
     else:
+        pairs = keys * (keys if mask is not None and not count_pads else float(length))
+        divisor = pairs.sum().clamp_min(1.0) * heads
+    divisor = None if reduction != "mean" else divisor
+
+    if impl != "eager":
         name = "self_relation_kl" if of_itself else op
         sides = [a_s, a_t] if of_itself else [a_s, b_s, a_t, b_t]
         args, wrt = (*sides, mask, scale_s, scale_t), range(len(sides) // 2)
-        if reduction == "none":
-            loss = weight * row_loss(name, impl, args, wrt=wrt)
-        else:
-            loss = sum_loss(name, impl, weight, args, wrt=wrt)
+        if reduction != "none":
+            return sum_loss(name, impl, weight, args, wrt, divisor)
+        loss = weight * row_loss(name, impl, args, wrt=wrt)
+    else:
+        loss = weight * eager_rows(
+            a_s, b_s, a_t, b_t, mask, scale_s=scale_s, scale_t=scale_t, **eager_option
+        )
     if reduction == "none":
         return loss if keys is None else loss / keys.clamp_min(1.0)[:, None, None]
-    loss = loss.sum() if impl == "eager" else loss
-    if reduction == "sum":
-        return loss
-    if keys is None:
-        return loss / (count * heads)
-    pairs = keys * (keys if mask is not None and not count_pads else float(length))
-    return loss / (pairs.sum().clamp_min(1.0) * heads)
+    return loss.sum() if divisor is None else loss.sum() / divisor
 
 
 def _key_count(

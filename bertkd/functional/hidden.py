@@ -72,6 +72,7 @@ def hidden_mse(
             f"{op}: weight and reduction='none' take one state per call, got {len(students)}. Call once per state."
         )
     weights, count = _rows(op, students, teachers, weight, mask, row_weight, count_pads)
+    divisor = count * width_t if reduction == "mean" else None
     impl = requested(op, impl)
     # One row per token needs no tiles: without a reduction the definition serves every implementation.
     if impl == "eager" or reduction == "none":
@@ -80,17 +81,14 @@ def hidden_mse(
             for s, t in zip(students, teachers, strict=True)
         )
         loss = per_row * weights
-        loss = loss if reduction == "none" else loss.sum()
-    elif weight is None:
+        if reduction == "none":
+            return loss / width_t
+        return loss.sum() if divisor is None else loss.sum() / divisor
+    if weight is None:
         flat = [[x.reshape(-1, x.shape[-1]) for x in side] for side in (students, teachers)]
-        wrt = range(len(students))
-        loss = sum_loss(op, impl, weights.reshape(-1), flat, wrt)
-    else:
-        args = (students[0].reshape(-1, width_s), weight, bias, teachers[0].reshape(-1, width_t))
-        loss = sum_loss("hidden_proj_mse", impl, weights.reshape(-1), args, wrt=(0, 1, 2))
-    if reduction == "sum":
-        return loss
-    return loss / width_t if reduction == "none" else loss / (count * width_t)
+        return sum_loss(op, impl, weights.reshape(-1), flat, range(len(students)), divisor)
+    args = (students[0].reshape(-1, width_s), weight, bias, teachers[0].reshape(-1, width_t))
+    return sum_loss("hidden_proj_mse", impl, weights.reshape(-1), args, (0, 1, 2), divisor)
 
 
 def hidden_combine_mse(
@@ -142,13 +140,11 @@ def hidden_combine_mse(
         dtype = weights.dtype
         joined = [_concatenate(states, dtype) for states in (teachers, students)]
         target = reference.hidden_mse_rows(joined[0], joined[1], weight, bias)
-        loss = (target * weights).sum()
-    else:
-        flat = [[x.reshape(-1, x.shape[-1]) for x in side] for side in (students, teachers)]
-        args = (flat[0], weight, bias, flat[1])
-        wrt = range(len(students) + 2)
-        loss = sum_loss(op, impl, weights.reshape(-1), args, wrt)
-    return loss / (count * shape[0])
+        return (target * weights).sum() / (count * shape[0])
+    flat = [[x.reshape(-1, x.shape[-1]) for x in side] for side in (students, teachers)]
+    args = (flat[0], weight, bias, flat[1])
+    wrt = range(len(students) + 2)
+    return sum_loss(op, impl, weights.reshape(-1), args, wrt, count * shape[0])
 
 
 def hidden_cosine(
@@ -190,11 +186,12 @@ def hidden_cosine(
     impl = requested(op, impl)
     if impl == "eager" or reduction == "none":
         loss = reference.hidden_cosine_rows(students[0], teachers[0]) * weights
-        loss = loss if reduction == "none" else loss.sum()
-    else:
-        args = [x[0].reshape(-1, width_s) for x in (students, teachers)]
-        loss = sum_loss(op, impl, weights.reshape(-1), args, wrt=(0,))
-    return loss / count if reduction == "mean" else loss
+        if reduction == "none":
+            return loss
+        return loss.sum() / count if reduction == "mean" else loss.sum()
+    args = [x[0].reshape(-1, width_s) for x in (students, teachers)]
+    divisor = count if reduction == "mean" else None
+    return sum_loss(op, impl, weights.reshape(-1), args, (0,), divisor)
 
 
 def _states(op: str, h_s: States, h_t: States) -> tuple[list[Tensor], list[Tensor]]:

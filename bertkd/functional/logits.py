@@ -159,6 +159,11 @@ def _row_kl(
     mask = as_mask(op, mask, like, rows)
     weights, count = row_weights(op, rows, mask, row_weight, dtype=dtype, device=like.device)
     impl = requested(op, impl)
+    # One factor for both: T^2 goes the way of the mean.
+    factor = temperature**2 if t_squared else 1.0
+    divisor = count / factor if reduction == "mean" else None
+    if impl != "eager" and divisor is not None:
+        return sum_loss(op, impl, weights.reshape(-1), args, wrt, divisor)
     if impl == "eager":
         definition, *inputs = eager
         loss = definition(*inputs) * weights
@@ -166,7 +171,5 @@ def _row_kl(
     elif reduction == "none":
         loss = row_loss(op, impl, args, wrt=wrt).view(rows) * weights
     else:
-        loss = sum_loss(op, impl, weights.reshape(-1), args, wrt=wrt)
-    if reduction == "mean":
-        loss = loss / count
-    return loss * temperature**2 if t_squared else loss
+        loss = sum_loss(op, impl, weights.reshape(-1), args, wrt)
+    return loss * factor if divisor is None else loss / divisor

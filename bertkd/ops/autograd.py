@@ -50,6 +50,11 @@ def _is_last_visit() -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def _is_one(factor: Tensor) -> bool:
+    """Whether a multiplication can be spared, where looking costs nothing: on a GPU it would wait for it."""
+    return type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1
+
+
 def _place(grads: Sequence[Any], wrt: Sequence[int], args: Sequence[Any]) -> list[Tensor | None]:
     """Gradients of the op, in order, to the places of the differentiated arguments."""
     flat, _ = _flatten(grads)
@@ -74,6 +79,8 @@ class SumLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         # A gradient is as large as its tensor: a copy of each would cost memory, and time to fault it in.
         last = _is_last_visit()
+        if last and _is_one(grad_loss):
+            return None, None, None, None, None, *ctx.saved_tensors
         grads = [None if g is None else _scaled(g, grad_loss, last) for g in ctx.saved_tensors]
         return None, None, None, None, None, *grads
 
@@ -106,9 +113,14 @@ def _needs_grad(flat: Sequence[Any], wrt: Sequence[int]) -> bool:
 
 
 def sum_loss(
-    op: str, impl: str, row_weight: Tensor, args: Sequence[Arg], wrt: Sequence[int]
+    op: str,
+    impl: str,
+    row_weight: Tensor,
+    args: Sequence[Arg],
+    wrt: Sequence[int],
+    divisor: Tensor | None = None,
 ) -> Tensor:
-    """``sum(row_weight * rows)`` of an op, differentiable in the flattened arguments ``wrt``.
+    """``sum(row_weight * rows) / divisor`` of an op, differentiable in the flattened arguments ``wrt``.
 
     Args:
         op: name without suffix, e.g. ``"relation_kl"``.
@@ -117,8 +129,20 @@ def sum_loss(
         args: the op's arguments after ``row_weight``, before ``impl``.
         wrt: positions of the student's tensors in the flattened ``args``, in the order in which the op
             returns their gradients.
+        divisor: of a mean, a 0-d tensor; 1 if None.
     """
     flat, groups = _flatten(args)
+    if divisor is not None and not any(
+        flat[i] is not None and flat[i].dtype == torch.float16 for i in wrt
+    ):
+        # In the weights it costs no pass over the gradients, and these are rounded once. Float16 has no
+        # room for the gradients of a mean: there they are divided in float32, together with the loss scale.
+        row_weight, divisor = row_weight / divisor, None
+    loss = _sum_loss(op, impl, row_weight, flat, groups, wrt)
+    return loss if divisor is None else loss / divisor
+
+
+def _sum_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:
     if not _needs_grad(flat, wrt) and f"{op}_rows" in OPS and not any(groups):
         with torch.no_grad():
             return (OPS[f"{op}_rows"](*flat, impl) * row_weight).sum()

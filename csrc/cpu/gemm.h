@@ -17,9 +17,11 @@ enum class Order { kRows, kColumns };
 enum class Into { kSet, kAdd };
 
 // One register tile: C[kTileRows x kPanel] (+)= alpha * A[kTileRows x depth] B[depth x kPanel].
+// A function of its own: inlined into its callers, GCC keeps the rows' addresses on the stack and
+// the inner loop is bound by loads.
 template <Order order, Into into>
-inline void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, float* c,
-                          int64_t ldc, float alpha) {
+__attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, int64_t lda,
+                                             const float* b, float* c, int64_t ldc, float alpha) {
   Vec sum[kTileRows][2];
   for (int i = 0; i < kTileRows; ++i) sum[i][0] = sum[i][1] = Vec{};
   for (int64_t k = 0; k < depth; ++k) {
