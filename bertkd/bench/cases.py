@@ -83,6 +83,7 @@ def _cpu() -> list[Case]:
     fp32 = "float32"
     cases = [attention("relation_kl", shape, fp32) for shape in main]
     cases.append(attention("relation_kl", main[0], fp32, padding="glue", importance=2))
+    cases.append(attention("relation_kl", (1, 12, 4096, 64), fp32))
     for op in ("self_relation_kl", "attention_mse"):
         cases += [attention(op, shape, fp32, importance=2) for shape in main[:2]]
     cases += [
@@ -90,7 +91,10 @@ def _cpu() -> list[Case]:
         Case("hidden_proj_mse", width_s=384, width_t=768, rows=2048, importance=2),
         Case("hidden_combine_mse", width_s=384, width_t=384, rows=2048, layers=3, importance=3),
         Case("hidden_cosine", width_s=384, width_t=384, rows=4096, importance=3),
-        Case("softmax_kl", rows=512, classes=30522, importance=2),
+        *(
+            Case("softmax_kl", rows=n, classes=30522, importance=i)
+            for n, i in ((4096, 1), (512, 2))
+        ),
         Case("linear_kl", width_s=384, width_t=768, rows=256, classes=30522, importance=2),
     ]
     # Equal numbers of tokens, so that what grows is the cost of length alone.

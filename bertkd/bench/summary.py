@@ -89,9 +89,7 @@ def _targets(rows: Sequence[Row]) -> str:
 
 def _target_line(outcome: Outcome) -> tuple[str, ...]:
     target, reached = outcome.target, outcome.reached
-    batch, heads, length, width = target.shape
-    sizes = zip("BHLD", (batch, heads, length, width), strict=True)
-    name = " ".join([target.op, *(f"{letter}{size}" for letter, size in sizes if size)])
+    name = f"{target.op} {target.shape}"
     bound = "at most" if target.metric == "memory" else "at least"
     unit = "" if target.metric == "roofline" else "x"
     what = target.against if target.metric == "time" else f"{target.metric} of {target.against}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bertkd.bench.cases import LETTERS
 from bertkd.bench.record import Row
-
-Shape = tuple[int, int, int, int]
 
 
 class Target(NamedTuple):
@@ -15,7 +14,8 @@ class Target(NamedTuple):
 
     Attributes:
         device: "cpu" or "gpu".
-        op, shape: of the case, (batch, heads, length, width_s); a 0 is any.
+        op: of the case.
+        shape: sizes of the case as they stand in its name, "B8 H12 L128 Ds64"; those left out are any.
         mode: of the case.
         impls: whose best counts.
         against: another contestant, or "roofline".
@@ -26,7 +26,7 @@ class Target(NamedTuple):
 
     device: str
     op: str
-    shape: Shape
+    shape: str
     mode: str
     impls: tuple[str, ...]
     against: str
@@ -36,13 +36,13 @@ class Target(NamedTuple):
 
 
 FUSED = ("native", "triton", "cuda")
-_GPU_SHAPES: tuple[Shape, ...] = ((256, 12, 128, 64), (32, 12, 512, 64), (8, 12, 2048, 64))
-_CPU_SHAPES: tuple[Shape, ...] = ((8, 12, 128, 64), (4, 12, 512, 64), (4, 12, 512, 32))
+_GPU_SHAPES = ("B256 H12 L128 Ds64", "B32 H12 L512 Ds64", "B8 H12 L2048 Ds64")
+_CPU_SHAPES = ("B8 H12 L128 Ds64", "B4 H12 L512 Ds64", "B4 H12 L512 Ds32")
 
 
 def _kernel(
     device: str,
-    shapes: tuple[Shape, ...],
+    shapes: tuple[str, ...],
     impls: tuple[str, ...],
     against: str,
     factors: tuple[float, ...],
@@ -55,32 +55,34 @@ def _kernel(
     ]
 
 
-def _step(device: str, op: str, shape: Shape, factor: float, dtype: str, metric: str = "time"):
+def _step(device: str, op: str, shape: str, factor: float, dtype: str, metric: str = "time"):
     impls = ("chunked", *FUSED)
     return Target(device, op, shape, "step", impls, "eager", metric, factor, dtype)
 
 
 _BF16, _FP32 = "bfloat16", "float32"
 _BASE, _MINILM = "bert_base_to_6", "minilm_l6_to_3"
-_DECODERS = ("linear_kl", (0, 0, 0, 768), "fwd_bwd", ("chunked", *FUSED), "eager")
+_DECODERS = ("linear_kl", "Ds768", "fwd_bwd", ("chunked", *FUSED), "eager")
 
 TARGETS: list[Target] = [
     *_kernel("gpu", _GPU_SHAPES, FUSED, "eager", (5, 10, 20), _BF16),
     *_kernel("gpu", _GPU_SHAPES, FUSED, "compile", (3, 3, 3), _BF16),
     *_kernel("gpu", _GPU_SHAPES, FUSED, "linearard", (2, 2, 2), _BF16),
     *_kernel("gpu", _GPU_SHAPES, FUSED, "roofline", (0.5, 0.5, 0.5), _BF16, "roofline"),
-    *_kernel("gpu", ((1, 12, 8192, 64),), FUSED, "eager", (0.02,), _BF16, "memory"),
-    _step("gpu", _BASE, (256, 0, 128, 0), 1.5, _BF16),
-    _step("gpu", _BASE, (32, 0, 512, 0), 2.5, _BF16),
-    _step("gpu", _BASE, (256, 0, 128, 0), 0.6, _BF16, "memory"),
-    _step("gpu", _BASE, (32, 0, 512, 0), 0.25, _BF16, "memory"),
+    *_kernel("gpu", ("B1 H12 L8192 Ds64",), FUSED, "eager", (0.02,), _BF16, "memory"),
+    _step("gpu", _BASE, "B256 L128", 1.5, _BF16),
+    _step("gpu", _BASE, "B32 L512", 2.5, _BF16),
+    _step("gpu", _BASE, "B256 L128", 0.6, _BF16, "memory"),
+    _step("gpu", _BASE, "B32 L512", 0.25, _BF16, "memory"),
     Target("gpu", *_DECODERS, "memory", 0.1, _BF16),
     Target("gpu", *_DECODERS, "time", 1.0, _BF16),
     *_kernel("cpu", _CPU_SHAPES, ("native",), "eager", (3.5, 5, 9), _FP32),
     *_kernel("cpu", _CPU_SHAPES, ("native",), "products", (1, 1, 1), _FP32),
     *_kernel("cpu", _CPU_SHAPES, ("chunked",), "eager", (0.9, 2.5, 2.5), _FP32),
-    _step("cpu", _MINILM, (32, 0, 128, 0), 1.1, _FP32),
-    _step("cpu", _MINILM, (8, 0, 512, 0), 2.2, _FP32),
+    *_kernel("cpu", ("B1 H12 L4096 Ds64",), ("native",), "eager", (0.02,), _FP32, "memory"),
+    Target("cpu", "softmax_kl", "N4096 V30522", "fwd_bwd", ("native",), "eager", "time", 2, _FP32),
+    _step("cpu", _MINILM, "B32 L128", 1.1, _FP32),
+    _step("cpu", _MINILM, "B8 L512", 2.2, _FP32),
 ]
 
 
@@ -107,7 +109,7 @@ def outcomes(rows: Sequence[Row], device: str) -> list[Outcome]:
 
 
 def _outcome(target: Target, rows: Sequence[Row]) -> Outcome:
-    mine = [row for row in rows if _matches(row, target)]
+    mine = [row for row in rows if matches(row, target)]
     values = {(row.impl, row.metric): row.p50 for row in mine if row.p50 is not None}
     reached: dict[str, float] = {}
     for impl in target.impls:
@@ -130,11 +132,12 @@ def _outcome(target: Target, rows: Sequence[Row]) -> Outcome:
     return Outcome(target, impl, reached[impl])
 
 
-def _matches(row: Row, target: Target) -> bool:
-    sizes = (row.batch, row.heads, row.length, row.width_s)
+def matches(row: Row, target: Target) -> bool:
+    """Whether a measurement is of the case that a target is about."""
+    sizes = {f"{letter}{getattr(row, column)}" for column, letter in LETTERS.items()}
     return (
         row.kind in ("op", "step")
         and (row.op, row.mode, row.dtype, row.padding)
         == (target.op, target.mode, target.dtype, "full")
-        and all(want in (0, got) for got, want in zip(sizes, target.shape, strict=True))
+        and sizes.issuperset(target.shape.split())
     )
