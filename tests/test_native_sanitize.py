@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,10 @@ ISA_FLAGS = {
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 
-def build(folder, *defines):
-    """The driver, with every source under the sanitizers."""
+def build(driver, folder, *defines):
+    """A driver of this folder, with every source under the sanitizers."""
     sources = [
-        ROOT / "tests" / "native_sanitize.cpp",
+        ROOT / "tests" / f"{driver}.cpp",
         *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
     ]
 
@@ -44,7 +45,7 @@ def build(folder, *defines):
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    program = folder / "native_sanitize"
+    program = folder / driver
     done = subprocess.run(
         ["g++", "-fopenmp", *SANITIZERS, *objects, "-o", program], capture_output=True, text=True
     )
@@ -54,14 +55,27 @@ def build(folder, *defines):
     return program
 
 
+def run(*command):
+    """What a driver prints."""
+    # A leak check needs ptrace, which containers forbid.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    environment.pop("LD_PRELOAD", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lanes", [4, 16])
 def test_sanitizers_find_nothing(lanes, tmp_path):
     # 16 lanes run the memory layout of AVX-512 on any machine.
-    program = build(tmp_path, f"-DBERTKD_PORTABLE_LANES={lanes}")
-    # A leak check needs ptrace, which containers forbid.
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
-    environment.pop("LD_PRELOAD", None)
-    done = subprocess.run([program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "portable:" in done.stdout
+    program = build("native_sanitize", tmp_path, f"-DBERTKD_PORTABLE_LANES={lanes}")
+    assert "portable:" in run(program)
+
+
+@pytest.mark.slow
+def test_any_arguments_are_refused_or_kept_to(tmp_path):
+    told = run(build("native_fuzz", tmp_path), "20000")
+    found = re.search(r"(\d+) refused, (\d+) ran, (\d+) too large", told)
+    # Neither side may starve, or the target has stopped testing it.
+    assert all(int(count) > 1000 for count in found.groups()[:2]), told
