@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from triton_cases import broken, weighted, worst
 
 from bertkd.ops import triton as ops
-from bertkd.ops.triton import attention, config, relation_kl
+from bertkd.ops.triton import attention, config, relation_kl, self_relation_kl
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a GPU test_gpu.py runs these kernels"
@@ -316,3 +316,39 @@ def test_a_broken_kernel_is_noticed(mutation, monkeypatch, tmp_path):
     for kernel in ("relation_kl_rows_kernel", "relation_kl_keys_kernel"):
         monkeypatch.setattr(relation_kl, kernel, getattr(module, kernel))
     assert compare(student, teacher, mask, rows=False) > 0.01
+
+
+SHORT_MUTATIONS = {
+    "pads let through": ("short", "tl.where(keep, 0.0, LOW), key_end", "tl.where(keep, 0.0, 0.0), key_end"),
+    "last key forgotten": ("short", "tl.max(tl.where(keep, at + 1, 0), 0)", "tl.max(tl.where(keep, at, 0), 0)"),
+    "last row forgotten": ("short", "tl.max(tl.where(w != 0, at + 1, 0), 0)", "tl.max(tl.where(w != 0, at, 0), 0)"),
+    "loss unweighted": ("short", "tl.where(w != 0, w * kl, 0.0)", "kl"),
+    "teacher not normalised": ("short", "p_t * ratio[:, None])", "p_t)"),
+    "roles swapped": ("short", "dot(tl.trans(difference), x_s", "dot(difference, x_s"),
+    "factor forgotten": ("short", "(scale_b / weight_scale)", "(1.0 / weight_scale)"),
+    "one role forgotten": ("self", "grad = dot_add(tl.trans(difference), own_s, grad, FP32_S) *", "grad = grad *"),
+    "rows' end taken for the keys'": ("self", "used = tl.maximum(key_end, row_end)", "used = row_end - 1"),
+    "self loss unweighted": ("self", "tl.where(w != 0, w * kl, 0.0)", "kl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", SHORT_MUTATIONS)
+def test_a_broken_short_kernel_is_noticed(mutation, monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "INTERPRETED_SHORT", 512)
+    which, old, new = SHORT_MUTATIONS[mutation]
+    sides = [qkv(2, 1, 40, 16, seed=seed) for seed in (0, 1)]
+    if which == "short":
+        module = broken(tmp_path, "relation_kl_short", old, new)
+        monkeypatch.setattr(
+            relation_kl, "relation_kl_short_kernel", module.relation_kl_short_kernel
+        )
+    else:
+        sides = [side[:1] for side in sides]
+        module = broken(tmp_path, "self_relation_kl", old, new)
+        monkeypatch.setattr(
+            self_relation_kl, "self_relation_kl_short_kernel", module.self_relation_kl_short_kernel
+        )
+    # Weights larger than in training: the sums of "loss unweighted" must not hide below a tolerance.
+    mask = mask_of("holes", 2, 40)
+    weight = torch.rand(2, 1, 40, generator=torch.Generator().manual_seed(3)) * mask[:, None]
+    assert compare(*sides, mask, weight, rows=False) > 0.01
