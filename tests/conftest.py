@@ -24,3 +24,21 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """A cache that has the standard library's docstrings, parsed once for all tests."""
+    folder = tmp_path_factory.mktemp("docstrings")
+    from bertkd.data import read_docstrings
+
+    read_docstrings(cache_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def records(cache_dir):
+    """The standard library's docstrings."""
+    from bertkd.data import read_docstrings
+
+    return read_docstrings(cache_dir=cache_dir)

@@ -10,7 +10,6 @@ import torch
 
 from bertkd.bench import __main__ as command
 from bertkd.bench import (
-    compare,
     contestants,
     flex,
     memory,
@@ -377,43 +376,6 @@ def test_largest_that_fits():
         found = step_runs.largest_that(lambda batch, limit=limit: batch <= limit, 32)
         assert limit * 7 // 8 <= found <= limit
     assert step_runs.largest_that(lambda batch: False, 32) == 0
-
-
-@pytest.mark.parametrize(
-    ("base", "new", "word"),
-    [
-        ([1.00, 1.01, 0.99], [1.00, 1.02, 1.00], "same"),
-        ([1.00, 1.01, 0.99], [1.25, 1.24, 1.26], "slower"),
-        ([1.00, 1.01, 0.99], [0.80, 0.81, 0.79], "faster"),
-        ([1.00, 1.40, 0.80], [1.20, 1.60, 1.00], "unclear"),
-        # Both sides slow down together: the pairs show that nothing changed.
-        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], "same"),
-        ([1.00, 1.00, 1.00], [1.09, 1.09, 1.09], "same"),
-    ],
-)
-def test_verdicts(base, new, word):
-    assert compare.judge(base, new).word == word
-
-
-def test_timer_takes_turns(monkeypatch):
-    order = []
-
-    def one(self, tree):
-        order.append(tree)
-        return 1.0
-
-    monkeypatch.setattr(compare.Timer, "_one", one)
-    timer = compare.Timer(SMALL, "chunked", "fwd", 3, "cpu")
-    assert timer.pairs("base", "new", 3) == ([1.0] * 3, [1.0] * 3)
-    assert order == ["base", "new", "new", "base", "base", "new"]
-
-
-def test_either_tree_is_timed_by_this_code_in_a_process_of_its_own(tmp_path):
-    root = runner.Path(runner.__file__).resolve().parents[2]
-    timer = compare.Timer(SMALL, "chunked", "fwd_bwd", 3, "cpu")
-    assert 0 < timer._one(root) < 10
-    with pytest.raises(compare.Unavailable, match="bertkd was imported from"):
-        timer._one(tmp_path)
 
 
 def test_the_bench_needs_torch_alone(tmp_path):

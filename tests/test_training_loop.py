@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_fakes import FakeDistiller, Output, collate, examples, on_cpu, same_state
+from training_fakes import FakeDistiller, Output, collate, examples, on_cpu, run, same_state
 
 from bertkd.data import LengthBucketSampler
 from bertkd.errors import CheckpointError, NonFiniteError
@@ -19,20 +17,6 @@ from bertkd.training import Stage, checkpoint, make_accelerator, train
 from bertkd.training.meter import Meter
 
 pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
-
-STAGE = {"objective": "x", "lr": 0.02, "batch_size": 8, "log_every": 1}
-STAGE |= {"eval_every": None, "save_every": None}
-
-
-def run(tmp_path, module=None, data=None, **options):
-    stage = {name: options.pop(name) for name in list(options) if name in Stage.__annotations__}
-    settings = {"output_dir": tmp_path / "run", "log_with": None, "progress": False}
-    settings |= {"collate": collate, "seed": 3}
-    if not {"steps", "epochs"} & stage.keys():
-        stage["steps"] = 9
-    module = module or FakeDistiller()
-    result = train(module, Stage(**STAGE | stage), data or examples(), **settings | options)
-    return module, result
 
 
 def test_equals_a_hand_written_loop(tmp_path):
@@ -344,26 +328,6 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items())
 
 
-def test_a_torn_history_is_mended_on_resume(tmp_path):
-    settings = {"save_every": 4, "keep_last": 9, "steps": 9, "log_every": 3}
-    _, whole = run(tmp_path, **settings)
-    folder = tmp_path / "run"
-    for step in (8, 9):
-        (folder / f"checkpoint-{step}" / "run.json").unlink()
-    with (folder / "history.jsonl").open("a") as stream:
-        stream.write('{"step": 12, "lo')
-    with pytest.raises(CheckpointError, match="checkpoint-9"):
-        run(tmp_path, resume=True, **settings)
-    _, again = run(tmp_path, resume="last-good", **settings)
-    timed = ("seconds", "examples_per_second")
-    strip = [
-        [{k: v for k, v in r.items() if k not in timed} for r in x.history] for x in (whole, again)
-    ]
-    assert strip[0] == strip[1]
-    lines = (folder / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [3, 6, 9]
-
-
 def test_workers_and_random_collating_change_nothing(tmp_path):
     def noisy(rows):
         batch = collate(rows)
@@ -375,85 +339,3 @@ def test_workers_and_random_collating_change_nothing(tmp_path):
     plain, _ = run(tmp_path / "c", FakeDistiller(dropout=0.3))
     assert same_state(here, there)
     assert not same_state(here, plain)
-
-
-def test_bf16_runs_the_forward_under_autocast_and_keeps_fp32_weights(tmp_path):
-    class Watching(FakeDistiller):
-        def forward(self, batch):
-            output = super().forward(batch)
-            self.dtype = output.logits.dtype
-            return output
-
-    module, result = run(tmp_path, Watching(), precision="bf16")
-    assert module.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in module.parameters())
-    assert "forward" not in vars(module)
-    assert result.history[-1]["loss"] < result.history[0]["loss"]
-    module, _ = run(tmp_path / "b", Watching())  # and the next run is free to choose again
-    assert module.dtype == torch.float32
-
-
-def test_overflows_of_the_scaler_are_skipped_counted_and_resumed(tmp_path):
-    class Overflowing(FakeDistiller):
-        def forward(self, batch):
-            output = super().forward(batch)
-            if int(self.seen) in (3, 4):
-                output.loss.register_hook(lambda grad: grad * math.inf)
-            return output
-
-    def fp16(initial=2.0**10):
-        """What Accelerate does for fp16, on the CPU: everything but the dtype of the forward."""
-        accelerator = make_accelerator()
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=initial, growth_interval=3)
-        accelerator.unscale_gradients = lambda wrapped: accelerator.scaler.unscale_(
-            wrapped.optimizer
-        )
-        return accelerator
-
-    straight, result = run(tmp_path / "a", Overflowing(), accelerator=fp16(), log_every=2)
-    assert (result.steps, result.skipped_steps) == (9, 2)
-    _, plain = run(tmp_path / "plain", log_every=2)
-    # The norm, and so the clipping, is that of the unscaled gradient.
-    assert result.history[0]["grad_norm"] == pytest.approx(plain.history[0]["grad_norm"], rel=1e-4)
-    assert all(torch.isfinite(p).all() for p in straight.parameters())
-    scaler = checkpoint.read(result.last_checkpoint).documents["trainer_state"]["scaler"]
-    assert scaler["scale"] == 2.0**9  # halved twice, grown once
-
-    settings = {"save_every": 3, "keep_last": 9, "log_every": 2}
-    run(tmp_path / "b", Overflowing(), accelerator=fp16(), **settings)
-    for step in (6, 9):
-        (tmp_path / "b" / "run" / f"checkpoint-{step}" / "run.json").unlink()
-    resumed, again = run(
-        tmp_path / "b", Overflowing(), accelerator=fp16(7.0), resume="last-good", **settings
-    )
-    assert same_state(straight, resumed)
-    assert again.skipped_steps == 2
-
-
-def test_trackers(tmp_path, monkeypatch, caplog):
-    run(tmp_path, log_with="tensorboard", log_every=3)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "run" / "logs" / "bertkd")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [3, 6, 9]
-    with pytest.raises(
-        ValueError, match=r"unknown tracker 'tensorbord'\. Did you mean 'tensorboard'"
-    ):
-        run(tmp_path / "b", log_with="tensorbord")
-    for name in ("tensorboard", "tensorboardX", "wandb"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="log_with='wandb'"):
-        run(tmp_path / "c", log_with="wandb")
-    with caplog.at_level(logging.WARNING):
-        run(tmp_path / "d", log_with="tensorboard")
-    assert "tensorboard is not installed" in caplog.text
-    assert (tmp_path / "d" / "run" / "history.jsonl").exists()
-
-
-def test_progress_shows_terms_and_steps(tmp_path, capsys):
-    run(tmp_path, progress=True, name="mine")
-    shown = capsys.readouterr().err
-    assert "mine: 100%" in shown
-    assert "mse=" in shown
-    assert "9/9" in shown

@@ -11,6 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from bertkd.training import Stage, train
+
 VOCAB = 20
 CLASSES = 3
 
@@ -105,3 +107,19 @@ def same_state(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules hold bitwise equal state."""
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+STAGE = {"objective": "x", "lr": 0.02, "batch_size": 8, "log_every": 1}
+STAGE |= {"eval_every": None, "save_every": None}
+
+
+def run(tmp_path, module=None, data=None, **options):
+    """Train a fake in ``tmp_path``: the module and the result. Options are the stage's or ``train``'s."""
+    stage = {name: options.pop(name) for name in list(options) if name in Stage.__annotations__}
+    settings = {"output_dir": tmp_path / "run", "log_with": None, "progress": False}
+    settings |= {"collate": collate, "seed": 3}
+    if not {"steps", "epochs"} & stage.keys():
+        stage["steps"] = 9
+    module = module or FakeDistiller()
+    result = train(module, Stage(**STAGE | stage), data or examples(), **settings | options)
+    return module, result

@@ -1,0 +1,63 @@
+"""What a run tells: its history, trackers and progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import pytest
+from training_fakes import on_cpu, run
+
+from bertkd.errors import CheckpointError
+
+pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
+
+
+def test_a_torn_history_is_mended_on_resume(tmp_path):
+    settings = {"save_every": 4, "keep_last": 9, "steps": 9, "log_every": 3}
+    _, whole = run(tmp_path, **settings)
+    folder = tmp_path / "run"
+    for step in (8, 9):
+        (folder / f"checkpoint-{step}" / "run.json").unlink()
+    with (folder / "history.jsonl").open("a") as stream:
+        stream.write('{"step": 12, "lo')
+    with pytest.raises(CheckpointError, match="checkpoint-9"):
+        run(tmp_path, resume=True, **settings)
+    _, again = run(tmp_path, resume="last-good", **settings)
+    timed = ("seconds", "examples_per_second")
+    strip = [
+        [{k: v for k, v in r.items() if k not in timed} for r in x.history] for x in (whole, again)
+    ]
+    assert strip[0] == strip[1]
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 6, 9]
+
+
+def test_trackers(tmp_path, monkeypatch, caplog):
+    run(tmp_path, log_with="tensorboard", log_every=3)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "bertkd")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 6, 9]
+    with pytest.raises(
+        ValueError, match=r"unknown tracker 'tensorbord'\. Did you mean 'tensorboard'"
+    ):
+        run(tmp_path / "b", log_with="tensorbord")
+    for name in ("tensorboard", "tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="log_with='wandb'"):
+        run(tmp_path / "c", log_with="wandb")
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path / "d", log_with="tensorboard")
+    assert "tensorboard is not installed" in caplog.text
+    assert (tmp_path / "d" / "run" / "history.jsonl").exists()
+
+
+def test_progress_shows_terms_and_steps(tmp_path, capsys):
+    run(tmp_path, progress=True, name="mine")
+    shown = capsys.readouterr().err
+    assert "mine: 100%" in shown
+    assert "mse=" in shown
+    assert "9/9" in shown
