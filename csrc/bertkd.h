@@ -82,7 +82,8 @@ struct HiddenMse {
 void hidden_mse(const HiddenMse& args);
 
 // Row i: KL(softmax(teacher_i / T) || softmax(student_i / T)). Without `weights` the rows go to
-// `out_rows` (N,); with them the weighted sum goes to `loss` and w_i (P_s - P_t) / T to `grad`.
+// `out_rows` (N,); with them the weighted sum goes to `loss` and w_i (P_s - P_t) / T to `grad`,
+// which may be the student's own memory.
 struct SoftmaxKl {
   int64_t rows;
   Rows student, teacher;

@@ -1,4 +1,4 @@
-"""The native softmax_kl and hidden_mse against the float64 reference, on every instruction set of this machine."""
+"""The native row ops (softmax_kl, hidden_mse, linear_kl) against float64, on every instruction set of this machine."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from oracle import relative
 
 from bertkd import functional, reference
 from bertkd.ops import native
+from bertkd.ops.native import linear_kl
 
 pytestmark = needs_native
 
@@ -83,6 +84,64 @@ def test_hidden_mse_equals_reference(isa, threads, states, rows, width, dtypes, 
         assert got.dtype == dtypes[0]
         rounding = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtypes[0]]
         assert relative(got, want) <= rounding
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    isa=st.sampled_from(ISAS or ["none"]),
+    rows=st.integers(1, 40),
+    block=st.integers(1, 40),
+    classes=st.integers(1, 300),
+    dtype=st.sampled_from([torch.float32, *LOW]),
+    biased=st.booleans(),
+    masked=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    temperature=st.sampled_from([1.0, 3.0]),
+    seed=st.integers(0, 99),
+)
+def test_linear_kl_equals_reference(
+    isa, rows, block, classes, dtype, biased, masked, reduction, temperature, seed
+):
+    h_s, w_s = (pair(n, 7, seed=seed, spread=1.0, dtypes=(dtype,))[0] for n in (rows, classes))
+    h_t, w_t = (pair(n, 5, seed=seed + 1, spread=1.0)[0] for n in (rows, classes))
+    bias_s, bias_t = (x[0] for x in pair(1, classes, seed=seed + 2)) if biased else (None, None)
+    mask = (torch.arange(rows) % 3 != 1).long() if masked else None
+    options = {"temperature": temperature, "reduction": reduction}
+
+    def loss(impl, double):
+        def run(h, w, *bias):
+            cast = (lambda x: None if x is None else x.double()) if double else (lambda x: x)
+            return functional.linear_kl(
+                h, w, cast(h_t), cast(w_t), mask, bias_s=bias[0] if bias else None,
+                bias_t=cast(bias_t), impl=impl, **options,
+            )  # fmt: skip
+
+        leaves = [h_s, w_s, *([bias_s] if biased else [])]
+        return value_and_grads(run, [x.double() if double else x for x in leaves])
+
+    expected = loss("eager", True)
+    with pytest.MonkeyPatch.context() as patch, machine(isa, 2):
+        patch.setattr(linear_kl, "BLOCK", block)
+        actual = loss("native", False)
+    assert_close(actual[:1], expected[:1], rows)
+    for got, want, like in zip(actual[1:], expected[1:], (h_s, w_s, bias_s), strict=False):
+        assert got.dtype == like.dtype
+        rounding = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[got.dtype]
+        assert (got.double() - want).norm() <= rounding * want.norm() + 1e-6 * rows
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_linear_kl_projects_only_rows_that_count(isa, poisoned):
+    (h_s, h_t), (w_s, w_t) = pair(6, 8, seed=0), pair(50, 8, seed=1)
+    weight = torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0, 0.0])
+    plain = native.linear_kl_fwd_bwd(weight, h_s, w_s, None, h_t, w_t, None, 1.0)
+    h_s[1], h_t[3] = float("nan"), float("inf")
+    with machine(isa):
+        spoiled = native.linear_kl_fwd_bwd(weight, h_s, w_s, None, h_t, w_t, None, 1.0)
+        none = native.linear_kl_fwd_bwd(weight * 0, h_s, w_s, None, h_t, w_t, None, 1.0)
+    for got, want in zip(spoiled, plain, strict=True):
+        torch.testing.assert_close(got, want)
+    assert all((x == 0).all() for x in none)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -15,9 +15,17 @@ from bertkd.ops.native.attention import (
     self_relation_kl_rows,
 )
 from bertkd.ops.native.library import DTYPES, isa, unavailable
+from bertkd.ops.native.linear_kl import linear_kl_fwd_bwd, linear_kl_rows
 from bertkd.ops.native.rows import hidden_mse_fwd_bwd, softmax_kl_fwd_bwd, softmax_kl_rows
 
-_OPS = ("relation_kl", "self_relation_kl", "attention_mse", "hidden_mse", "softmax_kl")
+_OPS = (
+    "relation_kl",
+    "self_relation_kl",
+    "attention_mse",
+    "hidden_mse",
+    "softmax_kl",
+    "linear_kl",
+)
 
 
 def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -37,6 +45,8 @@ __all__ = [
     "attention_mse_rows",
     "hidden_mse_fwd_bwd",
     "isa",
+    "linear_kl_fwd_bwd",
+    "linear_kl_rows",
     "refusal",
     "relation_kl_fwd_bwd",
     "relation_kl_rows",

@@ -50,9 +50,17 @@ def softmax_kl_fwd_bwd(
 ) -> tuple[Tensor, Tensor]:
     """``sum(row_weight * KL)`` and its gradient ``row_weight (P_s - P_t) / T``."""
     grad, written = empty_rows(z_s)
-    z_s, z_t, row_weight = unit_stride(z_s), unit_stride(z_t), row_weight.float()
+    loss = softmax_kl_into(row_weight.float(), z_s, z_t, temperature, written)
+    return loss, grad if grad is written else grad.copy_(written)
+
+
+def softmax_kl_into(
+    row_weight: Tensor, z_s: Tensor, z_t: Tensor, temperature: float, grad: Tensor
+) -> Tensor:
+    """``sum(row_weight * KL)``; its gradient goes to ``grad``, which may be ``z_s`` itself."""
+    z_s, z_t = unit_stride(z_s), unit_stride(z_t)
     if row_weight.numel() == 0:
-        return torch.zeros((), dtype=torch.float32), grad
+        return torch.zeros((), dtype=torch.float32)
     loss = torch.empty((), dtype=torch.float32)
     kernels().softmax_kl_fwd_bwd(
         z_s.shape[0],
@@ -61,7 +69,7 @@ def softmax_kl_fwd_bwd(
         rows(z_t),
         temperature,
         loss.data_ptr(),
-        rows(written),
+        rows(grad),
         torch.get_num_threads(),
     )
-    return loss, grad if grad is written else grad.copy_(written)
+    return loss
