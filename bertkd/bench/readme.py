@@ -12,7 +12,7 @@ from bertkd.study.files import write_text
 BEGIN = "<!-- measured:begin (written by `python -m bertkd.bench readme`, do not edit) -->"
 END = "<!-- measured:end -->"
 
-OPS = ("relation_kl", "self_relation_kl", "attention_mse", "linear_kl")
+OPS = ("relation_kl", "self_relation_kl", "attention_mse", "softmax_kl", "linear_kl")
 OURS = ("chunked", "native", "triton", "cuda")
 
 
@@ -34,7 +34,8 @@ def _of_device(rows: Sequence[Row]) -> str:
     ops = [r for r in rows if r.kind == "op" and r.mode == "fwd_bwd" and r.op in OPS]
     steps = [r for r in rows if r.kind == "step"]
     torch = some.torch.partition("+")[0]
-    head = f"On {some.device}, {some.threads} threads, torch {torch} (commit {some.commit or '-'}), medians:"
+    head = f"On {some.device}, {some.threads} threads, torch {torch} (commit {some.commit or '-'}): median time, gain, and peak memory beyond the inputs"
+    head += " (of a step: beyond weights and optimiser state):"
     lines = [_line("loss, forward and backward", impls), "|---|---|" + "---|" * len(impls)]
     lines += _body(ops, impls, "ms")
     if steps:
@@ -48,16 +49,19 @@ def _line(first: str, impls: Sequence[str]) -> str:
 
 
 def _body(rows: Sequence[Row], impls: Sequence[str], unit: str) -> list[str]:
-    """One line a case: eager's time, then each implementation's time and gain."""
+    """One line a case: eager's time and memory, then each implementation's, with its gain."""
     lines = []
     for name in dict.fromkeys(_name(row) for row in rows):
         mine = {(r.impl, r.metric): r.p50 for r in rows if _name(r) == name and r.p50 is not None}
         if ("eager", "time") not in mine:
             continue
-        cells = [name, f"{number(mine['eager', 'time'])} {unit}"]
-        for impl in impls:
-            time, gain = mine.get((impl, "time")), mine.get((impl, "speedup"))
-            cells.append("" if time is None else f"{number(time)} {unit}, {gain:.1f}x")
+        cells = [name]
+        for impl in ("eager", *impls):
+            time, gain, peak = (mine.get((impl, m)) for m in ("time", "speedup", "memory"))
+            parts = [] if time is None else [f"{number(time)} {unit}"]
+            parts += [] if gain is None else [f"{gain:.1f}x"]
+            parts += [] if peak is None else [f"{number(peak)} MiB"]
+            cells.append(", ".join(parts))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -65,8 +69,8 @@ def _body(rows: Sequence[Row], impls: Sequence[str], unit: str) -> list[str]:
 def _name(row: Row) -> str:
     if row.kind == "step":
         return f"{row.op.replace('_', ' ')}, B {row.batch}, L {row.length}{_padding(row)}"
-    if row.op == "linear_kl":
-        return f"`linear_kl` N {row.rows}, V {row.classes}"
+    if row.classes:
+        return f"`{row.op}` N {row.rows}, V {row.classes}"
     sizes = (row.batch, row.heads, row.length, row.width_s)
     return f"`{row.op}` {sizes}{_padding(row)}"
 
