@@ -34,8 +34,10 @@ def _of_device(rows: Sequence[Row]) -> str:
     ops = [r for r in rows if r.kind == "op" and r.mode == "fwd_bwd" and r.op in OPS]
     steps = [r for r in rows if r.kind == "step"]
     torch = some.torch.partition("+")[0]
-    head = f"On {some.device}, {some.threads} threads, torch {torch} (commit {some.commit or '-'}): median time, gain, and peak memory\nbeyond the inputs"
-    head += " (of a step: beyond weights and optimiser state):"
+    head = (
+        f"On {some.device}, {some.threads} threads, torch {torch} (commit {some.commit or '-'}): median time, gain, and\n"
+        "peak memory beyond the inputs (of a step: beyond weights and optimiser state):"
+    )
     lines = [_line("loss, forward and backward", impls), "|---|---|" + "---|" * len(impls)]
     lines += _body(ops, impls, "ms")
     if steps:
