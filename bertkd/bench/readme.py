@@ -35,8 +35,8 @@ def _of_device(rows: Sequence[Row]) -> str:
     steps = [r for r in rows if r.kind == "step"]
     torch = some.torch.partition("+")[0]
     head = (
-        f"On {some.device}, {some.threads} threads, torch {torch} (commit {some.commit or '-'}): median time, gain, and\n"
-        "peak memory beyond the inputs (of a step: beyond weights and optimiser state):"
+        f"On {some.device}, {some.threads} threads, torch {torch} (commit {some.commit or '-'}): median\n"
+        "time, gain, and peak memory beyond the inputs (of a step: beyond weights and optimiser state):"
     )
     lines = [_line("loss, forward and backward", impls), "|---|---|" + "---|" * len(impls)]
     lines += _body(ops, impls, "ms")
