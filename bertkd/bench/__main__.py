@@ -53,7 +53,7 @@ def _bench(words: Sequence[str]) -> int:
     if only_list:
         print(listing(job))
         return 0
-    run(job)
+    run(job, apart=True)
     return 0
 
 

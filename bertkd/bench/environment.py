@@ -57,6 +57,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     found["versions"] = {name: _version(name) for name in PACKAGES}
     found["python"] = platform.python_version()
     found["system"] = platform.platform()
+    # Another allocator, or another setting of it, changes what large tensors cost on a CPU.
+    found["allocator"] = {
+        k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "LD_PRELOAD"))
+    }
     found["cpu"] = {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)

@@ -137,9 +137,9 @@ def _work(op: str):
 
 
 def _work_of_mse(case: Case, gradient: bool, tokens: float, moved: float) -> Work:
-    """Two Gram matrices instead of scores where that is less."""
+    """Two Gram matrices (symmetric: half of each) instead of scores where that is less."""
     width = case.width_s + case.width_t
-    gram = 2 * tokens * width * width * 2 * (2 if gradient else 1)
+    gram = 2 * tokens * width * width + (4 * tokens * width * case.width_s if gradient else 0)
     tiles = 2 * _pairs(case) * (width + (2 * case.width_s if gradient else 0))
     return Work(moved, min(gram, tiles), 0.0)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +95,12 @@ def output_folder(path: str | None, device: torch.device) -> Path:
     return parent / environment.slug(device)
 
 
-def run(job: Job, say: Callable[[str], object] = print) -> list[Row]:
-    """Measure, write CSV, environment, summary and plots, and say the short table last."""
+def run(job: Job, say: Callable[[str], object] = print, *, apart: bool = False) -> list[Row]:
+    """Measure, write CSV, environment, summary and plots, and say the short table last.
+
+    Args:
+        apart: on a CPU, measure each case in a process of its own.
+    """
     folder = claim_output_dir(job.output_dir, "bench", reuse=True)
     path = folder / RESULTS
     before = read_rows(path) if path.exists() else []
@@ -113,7 +120,7 @@ def run(job: Job, say: Callable[[str], object] = print) -> list[Row]:
             left_out.append(case.name)
             continue
         say(f"[{number}/{len(job.cases)}] {case.name}  ({spent:.1f} min)")
-        rows += list(measured(case, settings))
+        rows += (measured_apart if apart and job.device.type == "cpu" else measured)(case, settings)
         # After every case, so that a killed run loses one case only.
         write_rows(path, merge(before, [*rows, *ceiling_rows(ceilings, stamp)]))
         release_memory()
@@ -175,11 +182,34 @@ def measured(case: Case, settings: Settings) -> Iterator[Row]:
         else:
             yield from run_case(case, settings)
     except Exception as failure:  # whatever it is, the cases after it go on
-        note = f"{type(failure).__name__}: {first_line(failure)}"
-        status = "oom" if isinstance(failure, torch.OutOfMemoryError) else "error"
-        yield Row(
-            **case.columns, impl="*", metric="time", status=status, note=note, **settings.stamp
-        )
+        yield _failed(case, settings, failure)
+
+
+def measured_apart(case: Case, settings: Settings) -> list[Row]:
+    """``measured`` in a fresh process.
+
+    Whether the maps of eager PyTorch cost page faults (half of its time) depends on the holes that earlier cases
+    left in the heap; in a fresh process every case finds what a user's program finds.
+    """
+    if settings.ceilings is not None:
+        settings.ceilings(case.dtype)  # once for all cases
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(_rows_of, case, settings, torch.get_num_threads()).result()
+    except (BrokenProcessPool, OSError) as failure:
+        return [_failed(case, settings, failure)]
+
+
+def _rows_of(case: Case, settings: Settings, threads: int) -> list[Row]:
+    torch.set_num_threads(threads)
+    return list(measured(case, settings))
+
+
+def _failed(case: Case, settings: Settings, failure: Exception) -> Row:
+    note = f"{type(failure).__name__}: {first_line(failure)}"
+    status = "oom" if isinstance(failure, torch.OutOfMemoryError) else "error"
+    return Row(**case.columns, impl="*", metric="time", status=status, note=note, **settings.stamp)
 
 
 def ceiling_rows(ceilings: MeasuredCeilings, stamp: dict[str, Any]) -> list[Row]:

@@ -56,4 +56,4 @@ def prepare(config: Config) -> Callable[[], object]:
     options = asdict(config)
     only_list = options.pop("list")
     job = plan(Options(**options))
-    return (lambda: print(listing(job))) if only_list else (lambda: run(job))
+    return (lambda: print(listing(job))) if only_list else (lambda: run(job, apart=True))

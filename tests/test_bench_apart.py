@@ -1,0 +1,40 @@
+"""Cases of a benchmark in processes of their own."""
+
+import os
+
+import torch
+
+from bertkd.bench import runner
+from bertkd.bench.cases import attention
+from bertkd.bench.op_cases import Settings
+from bertkd.bench.selection import Selection
+
+SMALL = attention("relation_kl", (4, 3, 20, 8), "float32", padding="glue")
+SETTINGS = Settings(
+    torch.device("cpu"), Selection(), ("eager", "chunked"), rounds=3, seconds=0.1, weigh=False
+)
+
+
+def process(*_):
+    return [os.getpid(), torch.get_num_threads()]
+
+
+def die(*_):
+    os._exit(3)
+
+
+def test_a_case_is_measured_in_another_process(monkeypatch):
+    rows = runner.measured_apart(SMALL, SETTINGS)
+    assert {row.impl for row in rows} == {"eager", "chunked"}
+    assert {row.status for row in rows} == {"ok"}
+    assert runner.measured_apart(SMALL, SETTINGS)[0].group == rows[0].group
+    monkeypatch.setattr(runner, "_rows_of", process)
+    first, second = (runner.measured_apart(SMALL, SETTINGS) for _ in range(2))
+    assert len({first[0], second[0], os.getpid()}) == 3
+
+
+def test_a_process_that_dies_costs_its_case_alone(monkeypatch):
+    monkeypatch.setattr(runner, "_rows_of", die)
+    (row,) = runner.measured_apart(SMALL, SETTINGS)
+    assert row.status == "error"
+    assert "terminated abruptly" in row.note
