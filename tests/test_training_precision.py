@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from training_fakes import FakeDistiller, on_cpu, run, same_state
 
-from bertkd.training import checkpoint, make_accelerator
+from bertkd.training import Stage, checkpoint, make_accelerator
+from bertkd.training.schedule import build_optimizer
 
 pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
 
@@ -29,7 +31,20 @@ def test_bf16_runs_the_forward_under_autocast_and_keeps_fp32_weights(tmp_path):
     assert module.dtype == torch.float32
 
 
-def test_overflows_of_the_scaler_are_skipped_counted_and_resumed(tmp_path):
+def plain_adamw(make, groups, fused, **options):
+    return make(groups, **options)
+
+
+def test_the_fused_step_is_left_out_where_a_scaler_must_skip_it():
+    for precision, fused in (("fp32", True), ("bf16", True), ("fp16", False)):
+        stage = Stage(objective="x", lr=0.1, steps=1, precision=precision)
+        assert build_optimizer(FakeDistiller(), stage).defaults["fused"] is fused
+
+
+def test_overflows_of_the_scaler_are_skipped_counted_and_resumed(tmp_path, monkeypatch):
+    # As fp16 would have it; the stage says fp32, because fp16 itself needs a GPU.
+    monkeypatch.setattr("torch.optim.AdamW", partial(plain_adamw, torch.optim.AdamW))
+
     class Overflowing(FakeDistiller):
         def forward(self, batch):
             output = super().forward(batch)

@@ -99,7 +99,7 @@ class Trainer:
         else:
             self.loss_of = step_losses.ours(case.op, teacher, student, impl, pairs)
         # A tiny rate: values do not matter, and what was verified stays true.
-        self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-8)
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-8, fused=True)
         self.batches = make_batches(case, device)
 
     @property

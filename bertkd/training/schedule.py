@@ -92,10 +92,10 @@ def build_optimizer(module: nn.Module, stage: Stage) -> torch.optim.AdamW:
             "the teacher's weights are among those to be trained; keep the teacher out of "
             "parameters() or freeze it"
         )
-    # The fused step computes the same update in one launch; with fp16 the loss scaler must be able
-    # to skip a step and say so, which needs the plain one.
-    on_cuda = all(p.is_cuda for group in groups for p in group["params"])
-    fused = on_cuda and stage.precision != "fp16"
+    # The fused step computes the same update in one visit of the weights; with fp16 the loss scaler must be
+    # able to skip a step and say so, which needs the plain one.
+    kinds = {p.device.type for group in groups for p in group["params"]}
+    fused = kinds <= {"cuda", "cpu"} and stage.precision != "fp16"
     return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=stage.eps, fused=fused)
 
 
