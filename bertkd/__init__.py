@@ -18,6 +18,7 @@ _LAZY = {
     "functional": "bertkd.functional",
     "modules": "bertkd.modules",
     "PRESETS": "bertkd.objectives",
+    "use_cpu_attention": "bertkd.cpu_attention",
 }
 
 __all__ = [
@@ -29,11 +30,13 @@ __all__ = [
     "explain",
     "functional",
     "modules",
+    "use_cpu_attention",
 ]
 
 if TYPE_CHECKING:
     from bertkd import functional, modules
     from bertkd.capture import Capture, Recording
+    from bertkd.cpu_attention import use_cpu_attention
     from bertkd.distiller import Distiller
     from bertkd.objectives import PRESETS
     from bertkd.student import create_student

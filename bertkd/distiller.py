@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from bertkd.capture import Capture, Recording
-from bertkd.errors import NonFiniteError
+from bertkd.cpu_attention import choose_attention
+from bertkd.errors import NonFiniteError, unknown_name
 from bertkd.layer_maps import MapSpec
 from bertkd.objectives import Expression, Needs, Objective, StepContext, build_objective
 from bertkd.objectives.sides import check_models, model_inputs
+from bertkd.ops.dispatch import requested
 from bertkd.plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class Distiller(nn.Module):
         *,
         layer_map: MapSpec = "uniform",
         impl: str = "auto",
+        attention: str = "auto",
         num_examples: int | None = None,
         seed: int = 0,
         teacher_tokenizer: Any = None,
@@ -73,6 +76,9 @@ class Distiller(nn.Module):
             objective: text such as ``"att_kl + 0.5*hid_seq"``, or a preset's name.
             layer_map: the map of terms that name none, see `layer_maps`.
             impl: the implementation of terms that name none.
+            attention: ``"auto"`` lets models on a CPU that use SDPA attend with bertkd's kernel, as
+                `use_cpu_attention` says, unless ``impl`` asks for another implementation than the
+                native one; ``"keep"`` leaves both models' attention as it is.
             num_examples: rows of the training set; for terms that keep a bank of them.
             seed: of projections, banks and random maps.
             teacher_tokenizer, student_tokenizer: compared id by id where both are given.
@@ -81,6 +87,8 @@ class Distiller(nn.Module):
             TypeError, ValueError: naming what does not fit and what to change.
         """
         super().__init__()
+        if attention not in ("auto", "keep"):
+            raise unknown_name("attention", attention, ("auto", "keep"))
         check_models(student, teacher, student_tokenizer, teacher_tokenizer)
         self.student = student
         self.objective: Objective = build_objective(
@@ -96,6 +104,9 @@ class Distiller(nn.Module):
         # A tuple keeps nn.Module from registering the teacher.
         self._teacher: tuple[Any] = (teacher.requires_grad_(False).eval(),)
         self._teacher[0].to(next(student.parameters()).device)
+        wanted = requested("self_attention", impl) in ("auto", "native")
+        self._chooses_attention = attention == "auto" and wanted
+        self._choose_attention()
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -208,7 +219,13 @@ class Distiller(nn.Module):
         device = next(self.student.parameters()).device
         if device.type != "meta":
             self._teacher[0].to(device)
+        self._choose_attention()
         return self
+
+    def _choose_attention(self) -> None:
+        if self._chooses_attention:
+            for model in (self.teacher, self.student):
+                choose_attention(model)
 
     def _record_teacher(self, batch: Mapping[str, Any], needs: Needs) -> Recording:
         if not (needs.teacher_blocks or needs.teacher_states or needs.teacher_logits):

@@ -52,6 +52,13 @@ bertkd::Rows rows(const RowsTuple& x) {
   return {pointer<const void>(address), static_cast<bertkd::DType>(dtype), width, stride};
 }
 
+bertkd::Mask key_mask(const std::optional<MaskTuple>& mask) {
+  if (!mask) return {};
+  const auto& [address, strides] = *mask;
+  if (address == 0) throw std::invalid_argument("mask is null. Pass None for no mask.");
+  return {pointer<const uint8_t>(address), strides[0], strides[1]};
+}
+
 bertkd::Attention attention(const Shape& shape, const HeadsTuple& a_s, const HeadsTuple& b_s,
                             const HeadsTuple& a_t, const HeadsTuple& b_t,
                             const std::optional<MaskTuple>& mask, float scale_s, float scale_t,
@@ -59,11 +66,7 @@ bertkd::Attention attention(const Shape& shape, const HeadsTuple& a_s, const Hea
   bertkd::Attention args = {};
   args.batch = shape[0], args.heads = shape[1], args.length = shape[2];
   args.a_s = heads(a_s), args.b_s = heads(b_s), args.a_t = heads(a_t), args.b_t = heads(b_t);
-  if (mask) {
-    const auto& [address, strides] = *mask;
-    if (address == 0) throw std::invalid_argument("mask is null. Pass None for no mask.");
-    args.mask = {pointer<const uint8_t>(address), strides[0], strides[1]};
-  }
+  args.mask = key_mask(mask);
   args.scale_s = scale_s, args.scale_t = scale_t, args.threads = threads;
   return args;
 }
@@ -104,6 +107,44 @@ void bind_attention(py::module_& module, const std::string& name, AttentionOp ru
       py::arg("b_t"), py::arg("mask"), py::arg("scale_s"), py::arg("scale_t"), py::arg("loss"),
       py::arg("grad_a"), py::arg("grad_b"), py::arg("threads"),
       "Weighted sum of the rows, to fp32 at the address `loss`, and the gradients of a_s and b_s.");
+}
+
+bertkd::SelfAttention self_attention(const Shape& shape, const HeadsTuple& q, const HeadsTuple& k,
+                                     const HeadsTuple& v, const std::optional<MaskTuple>& mask,
+                                     float scale, float dropout, int64_t seed,
+                                     const HeadsTuple& out, int64_t stats, int threads) {
+  bertkd::SelfAttention args = {};
+  args.batch = shape[0], args.heads = shape[1], args.length = shape[2];
+  args.q = heads(q), args.k = heads(k), args.v = heads(v), args.out = heads(out);
+  args.mask = key_mask(mask);
+  args.scale = scale, args.dropout = dropout, args.seed = static_cast<uint64_t>(seed);
+  args.stats = pointer<float>(stats), args.threads = threads;
+  return args;
+}
+
+void self_attention_fwd(const Shape& shape, const HeadsTuple& q, const HeadsTuple& k,
+                        const HeadsTuple& v, const std::optional<MaskTuple>& mask, float scale,
+                        float dropout, int64_t seed, const HeadsTuple& out, int64_t stats,
+                        int threads) {
+  const auto args = self_attention(shape, q, k, v, mask, scale, dropout, seed, out, stats, threads);
+  py::gil_scoped_release unlocked;
+  bertkd::self_attention(args);
+}
+
+void self_attention_bwd(const Shape& shape, const HeadsTuple& grad_out, const HeadsTuple& q,
+                        const HeadsTuple& k, const HeadsTuple& v,
+                        const std::optional<MaskTuple>& mask, float scale, float dropout,
+                        int64_t seed, const HeadsTuple& out, int64_t stats,
+                        const HeadsTuple& grad_q, const HeadsTuple& grad_k,
+                        const HeadsTuple& grad_v, int threads) {
+  auto args = self_attention(shape, q, k, v, mask, scale, dropout, seed, out, stats, threads);
+  args.grad_out = heads(grad_out), args.grad_q = heads(grad_q);
+  args.grad_k = heads(grad_k), args.grad_v = heads(grad_v);
+  // Without one the forward would run, and write where it must not.
+  if (args.grad_out.data == nullptr)
+    throw std::invalid_argument("self_attention: grad_out is null.");
+  py::gil_scoped_release unlocked;
+  bertkd::self_attention(args);
 }
 
 void hidden_mse(int64_t count, std::pair<int64_t, int64_t> row_weight,
@@ -161,6 +202,16 @@ PYBIND11_MODULE(_C, module) {
   bind_attention(module, "relation_kl", bertkd::relation_kl);
   bind_attention(module, "self_relation_kl", bertkd::self_relation_kl);
   bind_attention(module, "attention_mse", bertkd::attention_mse);
+  module.def("self_attention_fwd", &self_attention_fwd, py::arg("shape"), py::arg("q"),
+             py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("scale"), py::arg("dropout"),
+             py::arg("seed"), py::arg("out"), py::arg("stats"), py::arg("threads"),
+             "softmax(scale q k^T) v to `out`, what the backward needs of the rows to fp32 (B, H, "
+             "L, 2) at `stats`.");
+  module.def("self_attention_bwd", &self_attention_bwd, py::arg("shape"), py::arg("grad_out"),
+             py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("scale"),
+             py::arg("dropout"), py::arg("seed"), py::arg("out"), py::arg("stats"),
+             py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads"),
+             "The gradients of q, k and v from what self_attention_fwd wrote.");
   module.def("hidden_mse_fwd_bwd", &hidden_mse, py::arg("count"), py::arg("row_weight"),
              py::arg("h_s"), py::arg("h_t"), py::arg("grad"), py::arg("loss"), py::arg("threads"));
   module.def("softmax_kl_rows", &softmax_kl_rows, py::arg("count"), py::arg("z_s"), py::arg("z_t"),

@@ -64,8 +64,8 @@ struct Memory {
   };
 
   void* take(Source& from, int64_t element, std::initializer_list<Axis> axes) {
-    // Null or misaligned: whoever uses it has to refuse it, for touching it is the end. A mask has
-    // single bytes, which lie everywhere.
+    // Null or misaligned: whoever uses it has to refuse it, for touching it is
+    // the end. A mask has single bytes, which lie everywhere.
     if (from.rarely()) return element == 1 || from.byte() % 2 ? nullptr : kNowhere + 1;
     int64_t last = 0;
     bool empty = false;
@@ -89,11 +89,12 @@ struct Memory {
 
 int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-bertkd::Heads heads(Source& from, Memory& memory, const bertkd::Attention& args, int64_t width,
-                    DType dtype) {
+template <class Args>
+bertkd::Heads heads(Source& from, Memory& memory, const Args& args, int64_t width, DType dtype) {
   if (from.rarely()) width = from.number(40);
   if (from.rarely()) dtype = from.dtype();
-  // A dense tensor's strides, its rows a little apart; what overflows is nonsense, to be refused.
+  // A dense tensor's strides, its rows a little apart; what overflows is
+  // nonsense, to be refused.
   int64_t stride_l = -1, stride_h = -1, stride_b = -1;
   if (__builtin_add_overflow(width, from.byte() % 3, &stride_l) ||
       __builtin_mul_overflow(args.length, stride_l, &stride_h) ||
@@ -108,7 +109,8 @@ bertkd::Heads heads(Source& from, Memory& memory, const bertkd::Attention& args,
   return {data, dtype, width, stride_b, stride_h, stride_l};
 }
 
-// What no check may accept, said a second time: of a tensor that is used, and of a gradient.
+// What no check may accept, said a second time: of a tensor that is used, and
+// of a gradient.
 bool known(DType dtype) { return static_cast<uint32_t>(dtype) < 3; }
 
 bool reaches(int64_t size, int64_t stride) {
@@ -116,7 +118,8 @@ bool reaches(int64_t size, int64_t stride) {
   return stride >= 0 && !__builtin_mul_overflow(size, stride, &reach) && reach <= int64_t{1} << 46;
 }
 
-bool wrong(const bertkd::Attention& args, const bertkd::Heads& x, const bertkd::Heads* like) {
+template <class Args>
+bool wrong(const Args& args, const bertkd::Heads& x, const bertkd::Heads* like) {
   if (!known(x.dtype) || x.width < 1 || !reaches(args.batch, x.stride_b) ||
       !reaches(args.heads, x.stride_h) || !reaches(args.length, x.stride_l))
     return true;
@@ -135,7 +138,8 @@ bool wrong(int64_t rows, const bertkd::Rows& x, const bertkd::Rows* like) {
   std::abort();
 }
 
-// The check must refuse what is wrong, and the op what the check refuses, with the same exception.
+// The check must refuse what is wrong, and the op what the check refuses, with
+// the same exception.
 template <class Args, class Check, class Op>
 void exercise(const Args& args, const Memory& memory, bool is_wrong, const Check& check,
               const Op& op) {
@@ -161,11 +165,34 @@ void exercise(const Args& args, const Memory& memory, bool is_wrong, const Check
   }
 }
 
+template <class Args>
+void sizes_of(Source& from, Args& args) {
+  args.batch = from.number(3), args.heads = from.number(3), args.length = from.number(40);
+  args.threads = static_cast<int>(from.rarely() ? from.number(4) : 1 + from.byte() % 2);
+}
+
+template <class Args>
+void mask_of(Source& from, Memory& memory, Args& args) {
+  if (from.byte() % 2 == 0) return;
+  args.mask.stride_b = from.number(40), args.mask.stride_l = from.number(2);
+  args.mask.data = static_cast<uint8_t*>(
+      memory.take(from, 1, {{args.batch, args.mask.stride_b}, {args.length, args.mask.stride_l}}));
+}
+
+// Rows that an op may write a number for, if there are few enough.
+template <class Args>
+std::vector<float> numbers(Memory& memory, const Args& args, int64_t each) {
+  const bool small = args.batch >= 0 && args.batch < 8 && args.heads >= 0 && args.heads < 8 &&
+                     args.length >= 0 && args.length < 4096;
+  memory.complete = memory.complete && small;
+  const int64_t count = small ? args.batch * args.heads * args.length * each : 0;
+  return std::vector<float>(static_cast<size_t>(count) + 1);
+}
+
 void attention(Source& from) {
   Memory memory;
   bertkd::Attention args = {};
-  args.batch = from.number(3), args.heads = from.number(3), args.length = from.number(40);
-  args.threads = static_cast<int>(from.rarely() ? from.number(4) : 1 + from.byte() % 2);
+  sizes_of(from, args);
   args.scale_s = from.real(), args.scale_t = from.real();
   const int64_t width_s = 1 + from.byte() % 40, width_t = 1 + from.byte() % 40;
   const DType dtype_s = from.dtype(), dtype_t = from.dtype();
@@ -173,11 +200,7 @@ void attention(Source& from) {
   args.b_s = heads(from, memory, args, width_s, dtype_s);
   args.a_t = heads(from, memory, args, width_t, dtype_t);
   args.b_t = heads(from, memory, args, width_t, dtype_t);
-  if (from.byte() % 2) {
-    args.mask.stride_b = from.number(40), args.mask.stride_l = from.number(2);
-    args.mask.data = static_cast<uint8_t*>(memory.take(
-        from, 1, {{args.batch, args.mask.stride_b}, {args.length, args.mask.stride_l}}));
-  }
+  mask_of(from, memory, args);
   std::vector<float> loss(1);
   if (from.byte() % 4) {
     auto& w = args.weights;
@@ -190,11 +213,7 @@ void attention(Source& from) {
   }
   // Without weights, also where they came out as null, the losses of the rows
   // are written.
-  const bool small = args.batch >= 0 && args.batch < 8 && args.heads >= 0 && args.heads < 8 &&
-                     args.length >= 0 && args.length < 4096;
-  std::vector<float> rows(small ? static_cast<size_t>(args.batch * args.heads * args.length) + 1
-                                : 1);
-  memory.complete = memory.complete && small;
+  std::vector<float> rows = numbers(memory, args, 1);
   args.rows = from.rarely() ? nullptr : rows.data();
   const bertkd::Relation relation =
       from.byte() % 2 ? bertkd::Relation::kPair : bertkd::Relation::kSelf;
@@ -212,6 +231,31 @@ void attention(Source& from) {
       mse                                   ? bertkd::attention_mse
       : relation == bertkd::Relation::kPair ? bertkd::relation_kl
                                             : bertkd::self_relation_kl);
+}
+
+void networks(Source& from) {
+  Memory memory;
+  bertkd::SelfAttention args = {};
+  sizes_of(from, args);
+  args.scale = from.real();
+  args.dropout = from.byte() % 2 ? 0.f : from.real() / 4.f;
+  args.seed = from.word();
+  const int64_t width = 1 + from.byte() % 40;
+  bertkd::Heads* const tensors[] = {&args.q,        &args.k,      &args.v,      &args.out,
+                                    &args.grad_out, &args.grad_q, &args.grad_k, &args.grad_v};
+  const int used = from.byte() % 2 ? 8 : 4;
+  for (int i = 0; i < used; ++i) *tensors[i] = heads(from, memory, args, width, from.dtype());
+  mask_of(from, memory, args);
+  std::vector<float> stats = numbers(memory, args, 2);
+  args.stats = from.rarely() ? nullptr : stats.data();
+  const bool backward = args.grad_out.data != nullptr;
+  bool is_wrong = !std::isfinite(args.scale) || !(args.dropout >= 0.f && args.dropout < 1.f);
+  for (int i = 0; stats.size() > 1 && i < (backward ? 8 : 4); ++i) {
+    const bool written = i == 3 ? !backward : i > 4;
+    is_wrong |= wrong(args, *tensors[i], nullptr) || tensors[i]->width != args.q.width ||
+                (written && args.length > 1 && tensors[i]->stride_l < tensors[i]->width);
+  }
+  exercise(args, memory, is_wrong, bertkd::check_self_attention, bertkd::self_attention);
 }
 
 bertkd::Rows table(Source& from, Memory& memory, int64_t rows, int64_t width, DType dtype) {
@@ -287,12 +331,15 @@ void states(Source& from) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Source from{data, size};
-  switch (from.byte() % 4) {
+  switch (from.byte() % 5) {
     case 0:
       logits(from);
       break;
     case 1:
       states(from);
+      break;
+    case 2:
+      networks(from);
       break;
     default:
       attention(from);

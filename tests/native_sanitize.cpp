@@ -1,6 +1,7 @@
-// Runs every native op over small and awkward shapes without Python, in memory that is exactly as
-// large as it must be, and compares with plain loops in double. Built with the address and
-// undefined-behaviour sanitizers by test_native_sanitize.py; prints the number of cases.
+// Runs every native op over small and awkward shapes without Python, in memory
+// that is exactly as large as it must be, and compares with plain loops in
+// double. Built with the address and undefined-behaviour sanitizers by
+// test_native_sanitize.py; prints the number of cases.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -26,8 +27,8 @@ void expect(const char* what, double got, double want, double scale) {
   if (!(std::fabs(got - want) <= 2e-4 * scale + 2e-5)) fail(what, got, want);
 }
 
-// A tensor of (b, h, l, d) laid out as (b, l, h, d), without a byte to spare, and its values as
-// double.
+// A tensor of (b, h, l, d) laid out as (b, l, h, d), without a byte to spare,
+// and its values as double.
 struct Tensor {
   int64_t b, h, l, d;
   DType dtype;
@@ -75,7 +76,8 @@ struct Tensor {
   double at(int64_t ib, int64_t ih, int64_t il, int64_t id) const {
     return values[static_cast<size_t>(offset(ib, ih, il, id))];
   }
-  // What an op wrote; low precision gradients are only touched here, not compared.
+  // What an op wrote; low precision gradients are only touched here, not
+  // compared.
   double written(int64_t ib, int64_t ih, int64_t il, int64_t id) const {
     float x;
     std::memcpy(&x, &bytes[static_cast<size_t>(4 * offset(ib, ih, il, id))], 4);
@@ -92,13 +94,24 @@ struct Case {
   int threads;
 };
 
+std::vector<uint8_t> make_mask(const Case& c) {
+  std::vector<uint8_t> mask(static_cast<size_t>(c.b * c.l), 1);
+  for (int64_t b = 0; b < c.b; ++b)
+    for (int64_t j = 0; j < c.l; ++j)
+      mask[static_cast<size_t>(b * c.l + j)] = c.mask == 0 || (c.mask == 1   ? j <= c.l / 2
+                                                               : c.mask == 2 ? (j + b) % 3 != 1
+                                                                             : false);
+  return mask;
+}
+
 double dot(const Tensor& x, const Tensor& y, int64_t b, int64_t h, int64_t i, int64_t j) {
   double sum = 0;
   for (int64_t d = 0; d < x.d; ++d) sum += x.at(b, h, i, d) * y.at(b, h, j, d);
   return sum;
 }
 
-// relation_kl, self_relation_kl (b = a) and attention_mse against the plain definition.
+// relation_kl, self_relation_kl (b = a) and attention_mse against the plain
+// definition.
 void run_attention(const Case& c, const char* op) {
   const bool mse = std::strcmp(op, "attention_mse") == 0;
   const bool self = std::strcmp(op, "self_relation_kl") == 0;
@@ -107,12 +120,7 @@ void run_attention(const Case& c, const char* op) {
   const Tensor k_s(c.b, c.h, c.l, c.ds, c.dtype_s), k_t(c.b, c.h, c.l, c.dt, c.dtype_t);
   const Tensor &b_s = self ? a_s : k_s, &b_t = self ? a_t : k_t;
   Tensor grad_a = a_s, grad_b = b_s;
-  std::vector<uint8_t> mask(static_cast<size_t>(c.b * c.l), 1);
-  for (int64_t b = 0; b < c.b; ++b)
-    for (int64_t j = 0; j < c.l; ++j)
-      mask[static_cast<size_t>(b * c.l + j)] = c.mask == 0 || (c.mask == 1   ? j <= c.l / 2
-                                                               : c.mask == 2 ? (j + b) % 3 != 1
-                                                                             : false);
+  const std::vector<uint8_t> mask = make_mask(c);
   std::vector<float> weights(static_cast<size_t>(c.b * c.h * c.l));
   for (size_t i = 0; i < weights.size(); ++i)
     weights[i] = i % 5 == 2 ? 0.f : 0.01f * static_cast<float>(i % 7);
@@ -182,6 +190,74 @@ void run_attention(const Case& c, const char* op) {
         }
 }
 
+// self_attention against the plain definition; with dropout, whose choice only
+// the kernel knows, the sum over what it returns: grad_v summed over keys is
+// grad_out summed over the kept weights.
+void run_self_attention(const Case& c, float dropout) {
+  ++cases;
+  const Tensor q(c.b, c.h, c.l, c.ds, c.dtype_s), k(c.b, c.h, c.l, c.ds, c.dtype_s);
+  const Tensor v(c.b, c.h, c.l, c.ds, c.dtype_t), grad_out(c.b, c.h, c.l, c.ds, c.dtype_s);
+  Tensor out(c.b, c.h, c.l, c.ds, DType::kFloat32), grad_q = q, grad_k = k, grad_v = v;
+  const std::vector<uint8_t> mask = make_mask(c);
+  std::vector<float> stats(static_cast<size_t>(2 * c.b * c.h * c.l));
+  bertkd::SelfAttention args = {};
+  args.batch = c.b, args.heads = c.h, args.length = c.l, args.threads = c.threads;
+  args.q = q.heads(), args.k = k.heads(), args.v = v.heads(), args.out = out.heads();
+  if (c.mask) args.mask = {mask.data(), c.l, 1};
+  args.scale = 0.3f, args.dropout = dropout, args.seed = 7, args.stats = stats.data();
+  bertkd::self_attention(args);
+  args.grad_out = grad_out.heads(), args.grad_q = grad_q.heads();
+  args.grad_k = grad_k.heads(), args.grad_v = grad_v.heads();
+  bertkd::self_attention(args);
+
+  std::vector<double> want_q(q.values.size()), want_k(q.values.size()), want_v(q.values.size());
+  for (int64_t b = 0; b < c.b; ++b)
+    for (int64_t h = 0; h < c.h; ++h) {
+      double got_sum = 0, want_sum = 0, size = 1;
+      for (int64_t i = 0; i < c.l; ++i) {
+        std::vector<double> p(static_cast<size_t>(c.l)), slope(p.size());
+        double sum = 0, mean = 0;
+        for (int64_t j = 0; j < c.l; ++j)
+          if (mask[static_cast<size_t>(b * c.l + j)])
+            sum += p[static_cast<size_t>(j)] = std::exp(0.3 * dot(q, k, b, h, i, j));
+        for (int64_t j = 0; j < c.l && sum > 0; ++j) {
+          const auto at = static_cast<size_t>(j);
+          p[at] /= sum, slope[at] = dot(grad_out, v, b, h, i, j), mean += p[at] * slope[at];
+        }
+        for (int64_t d = 0; d < c.ds; ++d) {
+          double want = 0;
+          for (int64_t j = 0; j < c.l; ++j) {
+            const auto at = static_cast<size_t>(j);
+            const double g = 0.3 * p[at] * (slope[at] - mean);
+            want += p[at] * v.at(b, h, j, d);
+            want_q[static_cast<size_t>(q.offset(b, h, i, d))] += g * k.at(b, h, j, d);
+            want_k[static_cast<size_t>(q.offset(b, h, j, d))] += g * q.at(b, h, i, d);
+            want_v[static_cast<size_t>(q.offset(b, h, j, d))] += p[at] * grad_out.at(b, h, i, d);
+          }
+          const double got = out.written(b, h, i, d);
+          if (dropout == 0.f) expect("out", got, want, 1);
+          // <out, grad_out> is <v, grad_v>, whatever was dropped.
+          got_sum += got * grad_out.at(b, h, i, d), size += std::fabs(want);
+        }
+      }
+      if (c.dtype_t != DType::kFloat32) continue;
+      for (int64_t j = 0; j < c.l; ++j)
+        for (int64_t d = 0; d < c.ds; ++d)
+          want_sum += grad_v.written(b, h, j, d) * v.at(b, h, j, d);
+      expect("sum with dropout", got_sum, want_sum, size);
+    }
+  if (dropout > 0.f || c.dtype_s != DType::kFloat32 || c.dtype_t != DType::kFloat32) return;
+  for (size_t i = 0; i < want_q.size(); ++i) {
+    float got[3];
+    std::memcpy(&got[0], &grad_q.bytes[4 * i], 4);
+    std::memcpy(&got[1], &grad_k.bytes[4 * i], 4);
+    std::memcpy(&got[2], &grad_v.bytes[4 * i], 4);
+    expect("grad_q", got[0], want_q[i], 1 + std::fabs(want_q[i]));
+    expect("grad_k", got[1], want_k[i], 1 + std::fabs(want_k[i]));
+    expect("grad_v", got[2], want_v[i], 1 + std::fabs(want_v[i]));
+  }
+}
+
 void run_rows(int64_t rows, int64_t width, DType dtype_s, DType dtype_t, int threads) {
   ++cases;
   const Tensor s(1, 1, rows, width, dtype_s), t(1, 1, rows, width, dtype_t);
@@ -240,10 +316,18 @@ void run_all() {
           run_attention({1 + turn % 2, 1 + turn % 3, l, w[0], w[1], mask, pairs[turn % 4][0],
                          pairs[turn % 4][1], 1 + turn % 2},
                         op);
-    // One head on two threads; rows too long for one block; Gram matrices in several slices.
+    // One head on two threads; rows too long for one block; Gram matrices in
+    // several slices.
     run_attention({1, 1, 300, 8, 8, 2, f32, f32, 2}, op);
     run_attention({1, 1, 700, 3, 4, 0, f32, bf16, 2}, op);
   }
+  for (int64_t l : lengths)
+    for (const auto& w : widths)
+      for (int mask = 0; mask < 4; ++mask, ++turn)
+        run_self_attention({1 + turn % 2, 1 + turn % 3, l, w[1], 0, mask, pairs[turn % 4][0],
+                            pairs[turn % 4][1], 1 + turn % 2},
+                           turn % 3 ? 0.f : 0.25f);
+  run_self_attention({1, 2, 300, 8, 0, 2, f32, f32, 2}, 0.f);
   for (int64_t rows : {1, 3, 70})
     for (int64_t width : {1, 6, 16, 31, 515, 1100})
       for (const auto& p : pairs) run_rows(rows, width, p[0], p[1], 1 + turn++ % 2);

@@ -19,6 +19,7 @@ from bertkd.ops.native.library import heads, kernels, rows
 
 pytestmark = needs_native
 
+ATTENTION = ("relation_kl", "attention_mse")
 TOO_FAR = 1 << 46  # elements; csrc/cpu/checks.cpp
 TOO_MANY = (1 << 31) + 5
 
@@ -33,6 +34,7 @@ bad_size = st.one_of(st.integers(-(1 << 62), -1), st.integers(TOO_MANY, 1 << 62)
 bad_stride = st.one_of(st.integers(-(1 << 62), -1), st.integers(TOO_FAR, (1 << 63) - 1))
 bad_dtype = st.one_of(st.integers(3, (1 << 31) - 1), st.integers(-(1 << 31), -1))
 bad_scale = st.sampled_from([math.nan, math.inf, -math.inf, 1e300])
+bad_probability = st.sampled_from([math.nan, math.inf, -0.125, 1.0, 2.0])
 bad_threads = st.one_of(st.integers(-(1 << 31), 0), st.integers(4097, (1 << 31) - 1))
 
 
@@ -83,6 +85,8 @@ def spoil(draw, args, kinds):
             "size": bad_size,
             "address": bad_address(4),
             "scale": bad_scale,
+            "probability": bad_probability,
+            "seed": st.integers(1 << 64, 1 << 80),
             "threads": bad_threads,
         }
         bad = draw(simple[kind])
@@ -97,6 +101,17 @@ def attention_arguments():
             (mask.data_ptr(), mask.stride()), 0.5, 0.5, loss.data_ptr(), *map(heads, tensors[4:]), 1]  # fmt: skip
     kinds = ["shape", "weight", *["tensor"] * 4, "mask", "scale", "scale", "address",
              *["tensor"] * 2, "threads"]  # fmt: skip
+    return keep, args, kinds
+
+
+def self_attention_arguments():
+    tensors = [torch.randn(2, 2, 5, 3) for _ in range(8)]
+    mask, stats = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 2, 5, 2)
+    keep = (*tensors, mask, stats)
+    args = [(2, 2, 5), *map(heads, tensors[:4]), (mask.data_ptr(), mask.stride()), 0.5, 0.25, 1,
+            heads(tensors[4]), stats.data_ptr(), *map(heads, tensors[5:]), 1]  # fmt: skip
+    kinds = ["shape", *["tensor"] * 4, "mask", "scale", "probability", "seed",
+             "tensor", "address", *["tensor"] * 3, "threads"]  # fmt: skip
     return keep, args, kinds
 
 
@@ -131,11 +146,14 @@ def row_arguments(op):
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_spoiled_arguments_are_refused_and_never_crash(data):
-    op = data.draw(st.sampled_from(["relation_kl", "attention_mse", "softmax_kl", "hidden_mse"]))
-    attention = op in ("relation_kl", "attention_mse")
-    keep, args, kinds = attention_arguments() if attention else row_arguments(op)
+    op = data.draw(st.sampled_from([*ATTENTION, "self_attention", "softmax_kl", "hidden_mse"]))
+    if op == "self_attention":
+        keep, args, kinds = self_attention_arguments()
+        function = kernels().self_attention_bwd
+    else:
+        keep, args, kinds = attention_arguments() if op in ATTENTION else row_arguments(op)
+        function = getattr(kernels(), f"{op}_fwd_bwd")
     assert keep
-    function = getattr(kernels(), f"{op}_fwd_bwd")
     function(*args)
     with pytest.raises((ValueError, TypeError)) as error:
         function(*spoil(data.draw, args, kinds))

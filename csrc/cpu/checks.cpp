@@ -64,7 +64,8 @@ void check_strides(Where where, std::initializer_list<Axis> axes) {
   }
 }
 
-void check_heads(Where where, const Heads& x, const Attention& args, bool written) {
+template <class Args>
+void check_heads(Where where, const Heads& x, const Args& args, bool written) {
   check_address(where, x.data, size_of(where, x.dtype));
   check_size(where, x.width, 1);
   check_strides(where, {{args.batch, x.stride_b},
@@ -96,6 +97,26 @@ void check_finite(Where where, float x) {
   if (!std::isfinite(x)) refuse(where, "must be finite, got " + std::to_string(x) + ".");
 }
 
+// Sizes of an op over heads. Whether there is any row.
+template <class Args>
+bool check_shape(const char* op, const Args& args) {
+  check_size({op, "batch"}, args.batch, 0);
+  check_size({op, "heads"}, args.heads, 0);
+  check_size({op, "length"}, args.length, 0);
+  check_threads(op, args.threads);
+  int64_t total = 0;
+  if (__builtin_mul_overflow(args.batch * args.heads, args.length, &total) || total > kMostElements)
+    refuse({op, "batch * heads * length"}, "is over 2^46.");
+  return total > 0;
+}
+
+template <class Args>
+void check_mask(const char* op, const Args& args) {
+  if (args.mask.data)
+    check_strides({op, "mask"},
+                  {{args.batch, args.mask.stride_b}, {args.length, args.mask.stride_l}});
+}
+
 void check_rows(Where where, const Rows& x, int64_t rows, bool written) {
   check_address(where, x.data, size_of(where, x.dtype));
   check_size(where, x.width, 1);
@@ -107,10 +128,7 @@ void check_rows(Where where, const Rows& x, int64_t rows, bool written) {
 }  // namespace
 
 void check_attention(const char* op, const Attention& args, Relation relation) {
-  check_size({op, "batch"}, args.batch, 0);
-  check_size({op, "heads"}, args.heads, 0);
-  check_size({op, "length"}, args.length, 0);
-  check_threads(op, args.threads);
+  const bool any = check_shape(op, args);
   check_finite({op, "scale_s"}, args.scale_s);
   check_finite({op, "scale_t"}, args.scale_t);
   if (args.weights.data) {
@@ -119,10 +137,7 @@ void check_attention(const char* op, const Attention& args, Relation relation) {
   } else {
     check_address({op, "rows"}, args.rows, 4);
   }
-  int64_t total = 0;
-  if (__builtin_mul_overflow(args.batch * args.heads, args.length, &total) || total > kMostElements)
-    refuse({op, "batch * heads * length"}, "is over 2^46.");
-  if (total == 0) return;
+  if (!any) return;
   const bool pair = relation == Relation::kPair, backward = args.weights.data != nullptr;
   check_heads({op, pair ? "a_s" : "x_s"}, args.a_s, args, false);
   check_heads({op, pair ? "a_t" : "x_t"}, args.a_t, args, false);
@@ -132,9 +147,7 @@ void check_attention(const char* op, const Attention& args, Relation relation) {
     check_same_width(op, "a_s and b_s", args.a_s, args.b_s);
     check_same_width(op, "a_t and b_t", args.a_t, args.b_t);
   }
-  if (args.mask.data)
-    check_strides({op, "mask"},
-                  {{args.batch, args.mask.stride_b}, {args.length, args.mask.stride_l}});
+  check_mask(op, args);
   if (!backward) return;
   check_strides({op, "row_weight"}, {{args.batch, args.weights.stride_b},
                                      {args.heads, args.weights.stride_h},
@@ -144,6 +157,35 @@ void check_attention(const char* op, const Attention& args, Relation relation) {
   if (!pair) return;
   check_heads({op, "grad_b"}, args.grad_b, args, true);
   check_gradient(op, "b_s and grad_b", args.b_s, args.grad_b);
+}
+
+void check_self_attention(const SelfAttention& args) {
+  const char* op = "self_attention";
+  const bool any = check_shape(op, args), backward = args.grad_out.data != nullptr;
+  check_finite({op, "scale"}, args.scale);
+  if (!(args.dropout >= 0.f && args.dropout < 1.f))
+    refuse({op, "dropout"},
+           "must be at least 0 and below 1, got " + std::to_string(args.dropout) + ".");
+  check_address({op, "stats"}, args.stats, 4);
+  if (!any) return;
+  check_heads({op, "q"}, args.q, args, false);
+  const struct {
+    const char *name, *with_q;
+    const Heads& tensor;
+    bool used, written;
+  } others[] = {{"k", "q and k", args.k, true, false},
+                {"v", "q and v", args.v, true, false},
+                {"out", "q and out", args.out, true, !backward},
+                {"grad_out", "q and grad_out", args.grad_out, backward, false},
+                {"grad_q", "q and grad_q", args.grad_q, backward, true},
+                {"grad_k", "q and grad_k", args.grad_k, backward, true},
+                {"grad_v", "q and grad_v", args.grad_v, backward, true}};
+  for (const auto& other : others) {
+    if (!other.used) continue;
+    check_heads({op, other.name}, other.tensor, args, other.written);
+    check_same_width(op, other.with_q, args.q, other.tensor);
+  }
+  check_mask(op, args);
 }
 
 void check_hidden_mse(const HiddenMse& args) {

@@ -133,6 +133,11 @@ void attention_mse(const Attention& args) {
   if (!is_empty(args)) kernels().attention_mse(args);
 }
 
+void self_attention(const SelfAttention& args) {
+  check_self_attention(args);
+  if (args.batch && args.heads && args.length) kernels().self_attention(args);
+}
+
 void hidden_mse(const HiddenMse& args) {
   check_hidden_mse(args);
   *args.loss = 0.f;

@@ -36,11 +36,10 @@ inline char* row_to(const Heads& x, int64_t b, int64_t h, int64_t i) {
 }
 
 // Positions of the real keys of sequence b.
-inline int64_t list_keys(const Attention& args, int64_t b, int32_t* keys) {
+inline int64_t list_keys(const Mask& mask, int64_t length, int64_t b, int32_t* keys) {
   int64_t count = 0;
-  for (int64_t j = 0; j < args.length; ++j) {
-    if (args.mask.data && !args.mask.data[b * args.mask.stride_b + j * args.mask.stride_l])
-      continue;
+  for (int64_t j = 0; j < length; ++j) {
+    if (mask.data && !mask.data[b * mask.stride_b + j * mask.stride_l]) continue;
     keys[count++] = static_cast<int32_t>(j);
   }
   return count;

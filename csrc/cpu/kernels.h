@@ -11,6 +11,7 @@ struct Kernels {
   const char* name;
   void (*relation_kl)(const Attention&, Relation);
   void (*attention_mse)(const Attention&);
+  void (*self_attention)(const SelfAttention&);
   void (*hidden_mse)(const HiddenMse&);
   void (*softmax_kl)(const SoftmaxKl&);
   void (*exp2)(const float*, float*, int64_t);

@@ -6,6 +6,7 @@
 #include "exp2.inc"
 #include "hidden_mse.inc"
 #include "relation_kl.inc"
+#include "self_attention.inc"
 #include "softmax_kl.inc"
 
 namespace bertkd {
@@ -14,6 +15,7 @@ const Kernels kKernelsAvx512 = {
     "avx512",
     avx512::run_relation_kl,
     avx512::run_attention_mse,
+    avx512::run_self_attention,
     avx512::run_hidden_mse,
     avx512::run_softmax_kl,
     avx512::run_exp2,

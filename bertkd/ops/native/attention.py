@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.native.library import empty_rows, heads, kernels, unit_stride
-
-
-def _mask(mask: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    return None if mask is None else (mask.data_ptr(), mask.stride())
+from bertkd.ops.native.library import empty_rows, heads, kernels, key_mask, unit_stride
 
 
 def _rows(op, a_s, b_s, a_t, b_t, mask, scale_s, scale_t) -> Tensor:
@@ -21,7 +17,7 @@ def _rows(op, a_s, b_s, a_t, b_t, mask, scale_s, scale_t) -> Tensor:
     getattr(kernels(), f"{op}_rows")(
         tuple(a_s.shape[:-1]),
         *map(heads, tensors),
-        _mask(mask),
+        key_mask(mask),
         scale_s,
         scale_t,
         out.data_ptr(),
@@ -48,7 +44,7 @@ def _fwd_bwd(
         tuple(a_s.shape[:-1]),
         (row_weight.data_ptr(), row_weight.stride()),
         *map(heads, (a_s, b_s, a_t, b_t)),
-        _mask(mask),
+        key_mask(mask),
         scale_s,
         scale_t,
         loss.data_ptr(),

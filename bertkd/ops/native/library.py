@@ -55,6 +55,11 @@ def heads(x: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
     return x.data_ptr(), DTYPES[x.dtype], x.shape[-1], x.stride()[:-1]
 
 
+def key_mask(mask: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    """A boolean (B, L) as the kernels take it: address and strides."""
+    return None if mask is None else (mask.data_ptr(), mask.stride())
+
+
 def rows(x: Tensor) -> tuple[int, int, int, int]:
     """(N, D) as the kernels take it: address, dtype, width, stride of the rows."""
     return x.data_ptr(), DTYPES[x.dtype], x.shape[-1], x.stride(0)

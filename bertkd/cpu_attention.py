@@ -1,0 +1,173 @@
+"""Hugging Face encoders on CPUs with bertkd's own attention: an attention implementation like "sdpa".
+
+PyTorch's scaled dot product attention has no dropout in its kernel for CPUs: a student that trains with the usual
+0.1 makes its (B, H, L, L) maps after all. ``bertkd.ops.self_attention`` makes none, and is the faster one without
+dropout too. What it cannot do (causal or windowed attention, other devices) is handed on to SDPA, call by call.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bertkd.ops.native.library import DTYPES, unavailable
+from bertkd.ops.self_attention import self_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Hugging Face's name of the implementation, as in ``model.set_attn_implementation``.
+NAME = "bertkd_cpu"
+
+# Keyword arguments of an attention function that change its result and are not known to the kernel.
+_FOREIGN = ("position_bias", "softcap", "sliding_window", "cache", "s_aux")
+
+
+def use_cpu_attention(model: PreTrainedModel) -> str | None:
+    """Let a model that runs on PyTorch's SDPA attend with bertkd's kernel wherever that can do it.
+
+    Equivalent to ``model.set_attn_implementation("bertkd_cpu")``; ``set_attn_implementation("sdpa")`` undoes it.
+    The name is in no checkpoint that the model writes.
+
+    Args:
+        model: a Hugging Face model, in place.
+
+    Returns:
+        None, or why the model was left as it is: it does not use SDPA, is not on a CPU, or the native kernels are
+        not built.
+
+    Raises:
+        TypeError: it is no Hugging Face model.
+    """
+    if not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"model must be a Hugging Face PreTrainedModel, got {type(model).__name__}")
+    now = model.config._attn_implementation
+    if now == NAME:
+        return None
+    if now != "sdpa":
+        return f"its attention implementation is {now!r}, not 'sdpa'"
+    if model.device.type != "cpu":
+        return f"it is on {model.device}"
+    if reason := unavailable():
+        return reason
+    register()
+    model.set_attn_implementation(NAME)
+    return None
+
+
+def choose_attention(model: Any) -> None:
+    """bertkd's kernel for a model on a CPU that uses SDPA; SDPA again for one that has left the CPU."""
+    if model.config._attn_implementation == NAME and model.device.type != "cpu":
+        model.set_attn_implementation("sdpa")
+    else:
+        use_cpu_attention(model)
+
+
+@functools.cache
+def register() -> None:
+    """Make "bertkd_cpu" known to transformers, for ``from_pretrained(..., attn_implementation=...)``."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, make_mask)
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    *,
+    mask_function: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    **options: Any,
+) -> Tensor | None:
+    """A mask function of transformers: the (B, L) mask of pads where that is all, else SDPA's (B, 1, L, L)."""
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    if (
+        mask_function is bidirectional_mask_function
+        # Otherwise the caller wants to add to the mask.
+        and allow_is_bidirectional_skip
+        and q_length == kv_length
+        and (attention_mask is None or attention_mask.shape == (batch_size, kv_length))
+    ):
+        return attention_mask
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        **options,
+    )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: (B, H, L, D) to (B, L, H, D), and no map."""
+    # Two dimensions are make_mask's: pads, and attention in both directions.
+    mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+    if mask is not None:
+        is_causal = False
+    elif is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if (
+        not is_causal
+        and mask is attention_mask
+        and all(options.get(name) is None for name in _FOREIGN)
+        and _suits(query, key, value, dropout)
+    ):
+        out = self_attention(query, key, value, mask, scale=scaling, dropout=float(dropout))
+        return out.transpose(1, 2), None
+    if mask is not None:
+        attention_mask = mask[:, None, None, :].expand(-1, -1, query.shape[2], -1)
+    sdpa = _sdpa()
+    return sdpa(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **options,
+    )
+
+
+def _suits(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether the kernel can do it, and is the better choice."""
+    if query.device.type != "cpu" or query.dtype not in DTYPES:
+        return False
+    if not query.shape == key.shape == value.shape or not query.dtype == key.dtype == value.dtype:
+        return False
+    if dropout:
+        return dropout < 1
+    # A head is one thread's work; half precision has instructions of its own on some processors.
+    heads = query.shape[0] * query.shape[1]
+    return query.dtype == torch.float32 and heads >= torch.get_num_threads()
+
+
+def _sdpa() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -1,0 +1,226 @@
+"""Models that attend with bertkd's kernel: the same results as with SDPA, and SDPA wherever it must be."""
+
+import copy
+
+import pytest
+import torch
+from native_cases import needs_native
+from tiny_models import MODEL_TYPES, tiny_batch, tiny_model
+from torch import nn
+
+import bertkd
+from bertkd import cpu_attention
+from bertkd.cpu_attention import NAME, attend, make_mask, use_cpu_attention
+
+pytestmark = needs_native
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes that the kernel is called with, and the dropout."""
+    seen = []
+    kernel = cpu_attention.self_attention
+
+    def counted(query, *args, **options):
+        seen.append((tuple(query.shape), options["dropout"]))
+        return kernel(query, *args, **options)
+
+    monkeypatch.setattr(cpu_attention, "self_attention", counted)
+    # A batch of the tests has fewer heads than some machines have threads.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    return seen
+
+
+def state_and_gradients(model, batch):
+    model.zero_grad()
+    state = model(**batch).last_hidden_state
+    mask = batch.get("attention_mask")
+    real = state if mask is None else state[mask.bool()]
+    real.square().sum().backward()
+    # Of a pooler that nothing depends on there is no gradient, or, where it is compiled, zeros.
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return [real.detach(), *grads]
+
+
+def assert_close(actual, expected):
+    """By the largest number of all: the exact gradient of a key's bias is 0."""
+    assert len(actual) == len(expected) > 10
+    torch.testing.assert_close(actual[0], expected[0], atol=2e-5, rtol=1e-4)
+    largest = max(x.abs().max().item() for x in expected[1:])
+    for got, want in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5 * largest, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [None, "right", "left", "ragged"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_model_computes_what_it_did(model_type, padding, calls):
+    overrides = {"local_attention": 8} if model_type == "modernbert" else {}
+    model = tiny_model(model_type, layers=3, **overrides)
+    batch = tiny_batch(model, padding=padding)
+    expected = state_and_gradients(model, batch)
+    assert use_cpu_attention(model) is None
+    actual = state_and_gradients(model, batch)
+    assert_close(actual, expected)
+    # ModernBERT's first block attends to everything, the next two to a window.
+    assert len(calls) == (1 if model_type == "modernbert" else 3)
+
+
+def test_dropout_is_the_kernels_and_follows_the_seed(calls):
+    model = tiny_model("bert", attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.0).train()
+    batch = tiny_batch(model, padding="right")
+    use_cpu_attention(model)
+
+    def state(seed):
+        torch.manual_seed(seed)
+        return model(**batch).last_hidden_state
+
+    first = state(0)
+    assert {dropout for _, dropout in calls} == {0.3}
+    assert torch.equal(first, state(0))
+    assert not torch.allclose(first, state(1))
+
+
+def test_checkpointed_blocks_give_the_same_gradients(calls):
+    model = tiny_model("bert", attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.0).train()
+    batch = tiny_batch(model, padding="right")
+    use_cpu_attention(model)
+    torch.manual_seed(0)
+    expected = state_and_gradients(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(0)
+    for got, want in zip(state_and_gradients(model, batch), expected, strict=True):
+        assert torch.equal(got, want)
+    assert len(calls) == 6
+
+
+def test_a_compiled_model_computes_the_same(calls):
+    torch._dynamo.reset()
+    model = tiny_model("bert")
+    batch = tiny_batch(model, padding="right")
+    expected = state_and_gradients(model, batch)
+    use_cpu_attention(model)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    assert_close(state_and_gradients(compiled, batch), expected)
+    assert calls
+
+
+def heads(length=6, keys=None, dtype=torch.float32, count=2):
+    return [torch.randn(2, count, n, 8, dtype=dtype) for n in (length, keys or length)][:2]
+
+
+@pytest.mark.parametrize(
+    ("options", "module_is_causal", "mask"),
+    [
+        ({"is_causal": True}, False, None),
+        ({}, True, None),
+        ({}, False, torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()),
+        ({"sliding_window": 2}, False, torch.ones(2, 1, 6, 6, dtype=torch.bool).triu(-1)),
+        ({"position_bias": torch.randn(1, 2, 6, 6)}, False, None),
+    ],
+)
+def test_what_the_kernel_cannot_do_goes_to_sdpa(options, module_is_causal, mask, calls):
+    module = nn.Module()
+    module.is_causal = module_is_causal
+    query, key = heads()
+    sdpa = cpu_attention._sdpa()
+    want, _ = sdpa(module, query, key, key, mask, **options)
+    got, weights = attend(module, query, key, key, mask, **options)
+    assert torch.equal(got, want)
+    assert weights is None
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "dropout", "kernel"),
+    [
+        (*heads(), 0.0, True),
+        (*heads(6, 4), 0.0, False),
+        (*heads(dtype=torch.float64), 0.1, False),
+        # Half precision without dropout: SDPA has better instructions for it.
+        (*heads(dtype=torch.bfloat16), 0.0, False),
+        (*heads(dtype=torch.bfloat16), 0.1, True),
+        # Two heads of one sequence for three threads: only where SDPA would make maps.
+        (*[x[:1, :1] for x in heads()], 0.0, False),
+        (*[x[:1, :1] for x in heads()], 0.1, True),
+    ],
+)
+def test_when_the_kernel_is_the_choice(query, key, dropout, kernel, calls):
+    module = nn.Module()
+    module.is_causal = False
+    mask = torch.ones(len(query), key.shape[2], dtype=torch.bool)
+    mask[0, 2:] = False
+    out, _ = attend(module, query, key, key, mask, dropout=dropout)
+    assert out.shape == (len(query), query.shape[2], query.shape[1], 8)
+    assert bool(calls) == kernel
+    if not dropout:
+        keys = mask[:, None, None, :].expand(-1, -1, query.shape[2], -1)
+        want = nn.functional.scaled_dot_product_attention(query, key, key, keys)
+        torch.testing.assert_close(out.transpose(1, 2), want)
+
+
+def test_masks_that_are_more_than_pads_are_made_in_full():
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    pads = torch.ones(2, 6, dtype=torch.bool)
+    pads[0, 4:] = False
+    sizes = {"batch_size": 2, "q_length": 6, "kv_length": 6, "attention_mask": pads}
+    both = {"mask_function": bidirectional_mask_function, "allow_is_bidirectional_skip": True}
+    assert make_mask(**sizes, **both) is pads
+    for change in (
+        {"mask_function": causal_mask_function},
+        {"allow_is_bidirectional_skip": False},
+    ):
+        mask = make_mask(**sizes, **(both | change), allow_is_causal_skip=False)
+        assert mask.shape == (2, 1, 6, 6)
+        assert not mask[0, :, :, 4:].any()
+
+
+def test_why_a_model_is_left_alone(monkeypatch):
+    assert "'eager', not 'sdpa'" in use_cpu_attention(
+        tiny_model("bert", attn_implementation="eager")
+    )
+    model = tiny_model("bert")
+    monkeypatch.setattr(cpu_attention, "unavailable", lambda: "bertkd._C is not built: no g++")
+    assert use_cpu_attention(model) == "bertkd._C is not built: no g++"
+    assert use_cpu_attention(tiny_model("bert").to("meta")) == "it is on meta"
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(TypeError, match="model must be a Hugging Face PreTrainedModel, got Linear"):
+        use_cpu_attention(nn.Linear(2, 2))
+
+
+def test_it_is_in_no_checkpoint(tmp_path):
+    model = tiny_model("bert")
+    use_cpu_attention(model)
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+    assert type(model).from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    again = type(model).from_pretrained(tmp_path, attn_implementation=NAME)
+    assert again.config._attn_implementation == NAME
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, NAME),
+        ({"impl": "native"}, NAME),
+        ({"impl": "chunked"}, "sdpa"),
+        ({"impl": "eager"}, "sdpa"),
+        ({"attention": "keep"}, "sdpa"),
+    ],
+)
+def test_a_distiller_chooses_for_both_models(options, chosen, monkeypatch):
+    monkeypatch.delenv("BERTKD_IMPL", raising=False)
+    teacher = tiny_model("bert")
+    student = bertkd.create_student(teacher, "first:1", verbose=False)
+    distiller = bertkd.Distiller(teacher, student, "att_kl", **options)
+    assert [m.config._attn_implementation for m in (teacher, student)] == [chosen] * 2
+    # On another device SDPA has kernels of its own.
+    distiller.to("meta")
+    assert student.config._attn_implementation == "sdpa"
+
+
+def test_a_distiller_takes_no_other_attention():
+    teacher = tiny_model("bert")
+    student = bertkd.create_student(teacher, "first:1", verbose=False)
+    with pytest.raises(ValueError, match="attention"):
+        bertkd.Distiller(teacher, student, "att_kl", attention="flash")
