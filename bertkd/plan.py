@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -43,6 +43,8 @@ class Plan:
     student_parameters: int
     teacher_parameters: int
     objective_parameters: int
+    student_attention: str
+    teacher_attention: str
 
     def __str__(self) -> str:
         """A fixed-width table with the explanation of its byte columns."""
@@ -60,9 +62,11 @@ class Plan:
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = [
             f"objective  {self.objective}",
-            f"teacher    {self.teacher_blocks} blocks, {self.teacher_parameters:,} parameters (frozen)",
+            f"teacher    {self.teacher_blocks} blocks, {self.teacher_parameters:,} parameters (frozen), "
+            f"{self.teacher_attention} attention",
             f"student    {self.student_blocks} blocks, {self.student_parameters:,} parameters, "
-            f"{self.student_parameters / max(self.teacher_parameters, 1):.0%} of the teacher",
+            f"{self.student_parameters / max(self.teacher_parameters, 1):.0%} of the teacher, "
+            f"{self.student_attention} attention",
             f"own        {self.objective_parameters:,} parameters of the objective (projections)",
             "",
             f"loss memory at batch {self.batch_size}, length {self.length}:",
@@ -114,6 +118,8 @@ def make_plan(
         student_parameters=_count(student),
         teacher_parameters=_count(teacher),
         objective_parameters=_count(objective),
+        student_attention=attention_of(student),
+        teacher_attention=attention_of(teacher),
     )
 
 
@@ -124,6 +130,11 @@ def human_bytes(count: int) -> str:
         value, units = value / 1024, units[1:]
     whole = units[0] == "B" or value >= 100
     return f"{value:,.0f} {units[0]}" if whole else f"{value:.1f} {units[0]}"
+
+
+def attention_of(model: Any) -> str:
+    """Hugging Face's name of a model's attention implementation."""
+    return model.config._attn_implementation or "eager"
 
 
 def _count(module: nn.Module) -> int:

@@ -124,3 +124,4 @@ def test_info_tells_versions_devices_and_reasons(capsys):
     assert torch.__version__ in text
     assert "chunked" in text
     assert "attention_kl on cpu" in text
+    assert "bertkd_cpu" in text

@@ -214,6 +214,7 @@ def test_a_distiller_chooses_for_both_models(options, chosen, monkeypatch):
     student = bertkd.create_student(teacher, "first:1", verbose=False)
     distiller = bertkd.Distiller(teacher, student, "att_kl", **options)
     assert [m.config._attn_implementation for m in (teacher, student)] == [chosen] * 2
+    assert str(distiller.plan(1, 8)).count(f", {chosen} attention") == 2
     # On another device SDPA has kernels of its own.
     distiller.to("meta")
     assert student.config._attn_implementation == "sdpa"

@@ -218,6 +218,24 @@ def test_any_layout_is_taken():
     assert expected[0].transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad, isa):
+    q, k, v, _ = inputs(1, 2, 40, 8, seed=9)
+    with machine(isa):
+        for spoiled, rows in ((q, [7]), (k, range(40)), (v, range(40))):
+            tensors = [x.clone() for x in (q, k, v)]
+            for x, original in zip(tensors, (q, k, v), strict=True):
+                if original is spoiled:
+                    x[0, 1, 7, 3] = bad
+            out = self_attention(*tensors)
+            broken = ~torch.isfinite(out).all(-1)
+            assert not broken[0, 0].any()
+            assert broken[0, 1, list(rows)].all() or spoiled is k
+            assert broken[0, 1].sum() <= len(rows)
+            assert broken.any()
+
+
 def test_empty_batches():
     q = torch.randn(0, 2, 5, 4, requires_grad=True)
     out = self_attention(q, q, q)

@@ -17,7 +17,7 @@ from bertkd.ops.dispatch import unavailable
 
 OURS = ("chunked", "native", "triton", "cuda")
 # eager: PyTorch as the paper's code writes it. products: its matrix products alone, a bound and no loss.
-IMPLS = ("eager", "compile", "products", "flex", "textbrewer", "liger", "linearard", *OURS)
+IMPLS = ("eager", "compile", "products", "flex", "sdpa", "textbrewer", "liger", "linearard", *OURS)
 MODES = ("fwd", "fwd_bwd")
 
 # Further contestants by name; tests put theirs in.
@@ -28,6 +28,8 @@ def applies(impl: str, op: str, mode: str) -> bool:
     """Whether a contestant has anything to say on an op at all; where not, there is nothing to report."""
     if impl == "products":
         return SPECS[op].bare is not None and mode == "fwd_bwd"
+    if impl in OURS:
+        return impl in SPECS[op].impls
     return peers.has(impl, op) if impl in peers.PEERS else True
 
 

@@ -88,14 +88,15 @@ def _chosen(inputs: Inputs) -> list[int]:
     return sorted({0, shortest, batch - 1})
 
 
-def _part(inputs: Inputs) -> Inputs:
+def part(inputs: Inputs) -> Inputs:
     """First two heads of the chosen sequences."""
     chosen = _chosen(inputs)
     student, teacher = ([x[chosen, :2] for x in side] for side in (inputs.student, inputs.teacher))
     return Inputs(student, teacher, None if inputs.mask is None else inputs.mask[chosen])
 
 
-def _part_of(inputs: Inputs, grads: list[Tensor]) -> list[Tensor | None]:
+def part_of(inputs: Inputs, grads: list[Tensor]) -> list[Tensor | None]:
+    """The gradients of the same heads and sequences."""
     chosen = _chosen(inputs)
     return [grad[chosen, :2] for grad in grads]
 
@@ -107,26 +108,30 @@ def _bare(inputs: Inputs) -> object:
     return teacher, student @ b_s, student.transpose(-1, -2) @ a_s
 
 
-def _pairs(case: Case) -> float:
+def pairs_of(case: Case) -> float:
+    """Pairs of a real row and a real key."""
     if case.padding == "full":
         return float(case.batch * case.heads * case.length**2)
     return float(case.heads * sum(n * n for n in glue_lengths(case.batch, case.length)))
 
 
+def tokens_of(case: Case) -> float:
+    """Rows that count, of all heads."""
+    if case.padding == "full":
+        return float(case.batch * case.heads * case.length)
+    return float(case.heads * sum(glue_lengths(case.batch, case.length)))
+
+
 def _work(op: str):
     def work(case: Case, gradient: bool) -> Work:
         """Each tensor read once and each gradient written once; each score and exponential made once."""
-        tokens = (
-            _pairs(case) / case.length
-            if case.padding == "full"
-            else case.heads * sum(glue_lengths(case.batch, case.length))
-        )
+        tokens = tokens_of(case)
         sides = 1 if op == "self_relation_kl" else 2
         widths = case.width_s * (2 if gradient else 1) + case.width_t
         moved = tokens * widths * sides * item_bytes(case)
         if op == "attention_mse":
             return _work_of_mse(case, gradient, tokens, moved)
-        pairs = _pairs(case)
+        pairs = pairs_of(case)
         # Scores of a tensor with itself are symmetric: half of them suffice, and one product gives the gradient.
         share = 0.5 if sides == 1 else 1.0
         flops = 2 * pairs * (case.width_s + case.width_t) * share
@@ -140,7 +145,7 @@ def _work_of_mse(case: Case, gradient: bool, tokens: float, moved: float) -> Wor
     """Two Gram matrices (symmetric: half of each) instead of scores where that is less."""
     width = case.width_s + case.width_t
     gram = 2 * tokens * width * width + (4 * tokens * width * case.width_s if gradient else 0)
-    tiles = 2 * _pairs(case) * (width + (2 * case.width_s if gradient else 0))
+    tiles = 2 * pairs_of(case) * (width + (2 * case.width_s if gradient else 0))
     return Work(moved, min(gram, tiles), 0.0)
 
 
@@ -151,8 +156,8 @@ def _spec(op: str) -> Spec:
         make=_make(1 if op == "self_relation_kl" else 2),
         call=_call(op),
         eager=_eager_attention_mse if mse else _eager_relation_kl,
-        part=_part,
-        part_of=_part_of,
+        part=part,
+        part_of=part_of,
         work=_work(op),
         bare=_bare if op == "relation_kl" else None,
     )

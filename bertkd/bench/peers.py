@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bertkd.bench import flex
+from bertkd.bench import flex, ops_networks
 from bertkd.bench.cases import Case
 from bertkd.bench.ops_attention import scores
 from bertkd.bench.spec import Inputs, Loss
 
 LINEARARD = "BERTKD_LINEARARD"
 
-PEERS = ("flex", "textbrewer", "liger", "linearard")
+PEERS = ("flex", "sdpa", "textbrewer", "liger", "linearard")
 # Cross-entropies: they differ from the KL by the teacher's entropy, so only their gradients are compared.
 GRADIENT_ONLY = {("textbrewer", "relation_kl"), ("textbrewer", "softmax_kl")}
 
@@ -35,6 +35,8 @@ def why_not(impl: str, case: Case, device: torch.device, mode: str) -> str | Non
     """Why a peer that has the loss cannot run a case, or None if it can."""
     if impl == "flex":
         return flex.why_not(case, device, mode)
+    if impl == "sdpa":
+        return None
     if impl == "textbrewer":
         if case.padding != "full" and case.op == "relation_kl":
             return "its loss does not mask keys"
@@ -169,6 +171,7 @@ def _liger_decoders() -> Loss:
 _LOSSES: dict[tuple[str, str], Callable[[], Loss]] = {
     ("flex", "relation_kl"): flex.loss,
     ("flex", "self_relation_kl"): flex.loss,
+    ("sdpa", "self_attention"): ops_networks.sdpa,
     ("textbrewer", "relation_kl"): lambda: _textbrewer_attention("att_ce_loss"),
     ("textbrewer", "attention_mse"): lambda: _textbrewer_attention("att_mse_loss"),
     ("textbrewer", "hidden_mse"): _textbrewer_hidden,

@@ -23,13 +23,14 @@ _ORDER = (
     "compile",
     "cuda",
     "flex",
+    "sdpa",
     "textbrewer",
     "liger",
     "linearard",
     "products",
 )
-_MARKERS = "osD^vPX<>*h"
-_PALETTE = (*COLOURS, "#7F7F7F", "#882255", "#44AA99", "#000000", "#999933")
+_MARKERS = "osD^vPXp<>*h"
+_PALETTE = (*COLOURS, "#7F7F7F", "#DDCC77", "#882255", "#44AA99", "#000000", "#999933")
 
 
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:

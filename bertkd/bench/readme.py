@@ -13,7 +13,9 @@ BEGIN = "<!-- measured:begin (written by `python -m bertkd.bench readme`, do not
 END = "<!-- measured:end -->"
 
 OPS = ("relation_kl", "self_relation_kl", "attention_mse", "softmax_kl", "linear_kl")
+ATTENTION = "self_attention"
 OURS = ("chunked", "native", "triton", "cuda")
+SDPA = ("sdpa", "native")  # who attends, in the table of the networks' own attention
 
 
 def block(rows: Sequence[Row]) -> str:
@@ -40,9 +42,14 @@ def _of_device(rows: Sequence[Row]) -> str:
     )
     lines = [_line("loss, forward and backward", impls), "|---|---|" + "---|" * len(impls)]
     lines += _body(ops, impls, "ms")
-    if steps:
-        lines += ["", _line("whole training step", impls), "|---|---|" + "---|" * len(impls)]
-        lines += _body(steps, impls, "ms")
+    attention = [r for r in rows if r.kind == "op" and r.mode == "fwd_bwd" and r.op == ATTENTION]
+    for what, part, own in (
+        ("the networks' attention", attention, SDPA),
+        ("whole training step", steps, impls),
+    ):
+        if part:
+            lines += ["", _line(what, own), "|---|---|" + "---|" * len(own)]
+            lines += _body(part, own, "ms")
     return head + "\n\n" + "\n".join(lines)
 
 

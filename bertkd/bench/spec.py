@@ -56,6 +56,7 @@ class Spec:
         part_of: of the whole's gradients, what must equal the part's; None where it is not comparable.
         work: least work of a case, forward only or with the gradient.
         bare: the matrix products of a case alone, where they are most of it; not a loss but a bound.
+        impls: implementations of bertkd that there are of it.
     """
 
     op: str
@@ -66,6 +67,7 @@ class Spec:
     part_of: Callable[[Inputs, list[Tensor]], list[Tensor | None]]
     work: Callable[[Case, bool], Work]
     bare: Callable[[Inputs], object] | None = None
+    impls: tuple[str, ...] = ("chunked", "native", "triton", "cuda")
 
 
 def random_tensor(

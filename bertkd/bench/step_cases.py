@@ -32,6 +32,7 @@ def step_cases_for(device: str) -> list[Case]:
             step_case(name, 32, 128),
             step_case(name, 8, 512),
             step_case(name, 32, 128, padding="glue", importance=2),
+            step_case("minilm_l6_to_3_dropout", 8, 512, importance=2),
             *(step_case(name, 8, 256, layers=count, **sweep) for count in (1, 2, 3)),
         ]
     bf16 = "bfloat16"
@@ -135,7 +136,11 @@ class Trainer:
         if cut is not None:
             batch = {name: x[:1, :cut] for name, x in batch.items()}
         self.optimizer.zero_grad(set_to_none=True)
+        # Two contestants never drop the same.
+        was_training = self.student.training
+        self.student.eval()
         loss = self.loss(batch)
+        self.student.train(was_training)
         loss.backward()
         grads = [p.grad.flatten().float() for p in self.student.parameters() if p.grad is not None]
         self.optimizer.zero_grad(set_to_none=True)

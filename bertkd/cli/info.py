@@ -27,7 +27,7 @@ def report() -> str:
 
     lines = ["versions", *_versions(), "", "devices", *_devices(), "", "native build"]
     lines += [*(f"  {line}" for line in _build.lines()), "", "implementations"]
-    return "\n".join([*lines, *_implementations(), "", "losses", *_losses()])
+    return "\n".join([*lines, *_implementations(), "", "losses", *_losses(), *_attention()])
 
 
 def _versions() -> list[str]:
@@ -76,6 +76,15 @@ def _losses() -> list[str]:
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     names = bertkd.functional.__all__
     return [f"  {bertkd.explain(name, device=device)}" for device in devices for name in names]
+
+
+def _attention() -> list[str]:
+    from bertkd.cpu_attention import NAME
+    from bertkd.ops.native import unavailable
+
+    reason = unavailable()
+    chosen = f"{NAME} instead of SDPA" if reason is None else f"SDPA; {NAME} is out: {reason}"
+    return ["", "attention of both networks", f"  on cpu: {chosen}"]
 
 
 def _state(reason: str | None) -> str:

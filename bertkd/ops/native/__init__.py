@@ -25,6 +25,7 @@ _OPS = (
     "hidden_mse",
     "softmax_kl",
     "linear_kl",
+    "self_attention",
 )
 
 
