@@ -24,6 +24,7 @@ FIELDS = {
     "N": "rows",
     "V": "classes",
     "n": "layers",
+    "P": "processes",
 }
 
 
