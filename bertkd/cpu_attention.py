@@ -29,8 +29,8 @@ _FOREIGN = ("position_bias", "softcap", "sliding_window", "cache", "s_aux")
 def use_cpu_attention(model: PreTrainedModel) -> str | None:
     """Let a model that runs on PyTorch's SDPA attend with bertkd's kernel wherever that can do it.
 
-    Equivalent to ``model.set_attn_implementation("bertkd_cpu")``; ``set_attn_implementation("sdpa")`` undoes it.
-    The name is in no checkpoint that the model writes.
+    Equivalent to `register` and ``model.set_attn_implementation("bertkd_cpu")``; ``set_attn_implementation("sdpa")``
+    undoes it. The name is in no checkpoint that the model writes.
 
     Args:
         model: a Hugging Face model, in place.

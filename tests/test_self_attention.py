@@ -269,7 +269,8 @@ def test_ops_pass_opcheck_and_compile():
     [
         ({"k": torch.zeros(2, 3, 4, 6)}, r"q and k must be .* one shape"),
         ({"v": torch.zeros(2, 3, 5, 4, dtype=torch.float16)}, "q and v must be .* dtype"),
-        ({"mask": torch.ones(2, 4)}, r"mask must be \(B, L\) = \(2, 5\), got \(2, 4\)"),
+        ({"mask": torch.ones(2, 4)}, r"mask must be \(B, L\) = \(2, 5\).*, got \(2, 4\)"),
+        ({"mask": torch.ones(2, 5, device="meta")}, "mask must be .* on the CPU, got .* on meta"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
         ({"dropout": -0.1}, "dropout must be"),
     ],

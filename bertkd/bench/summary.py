@@ -104,7 +104,11 @@ def _target_line(outcome: Outcome) -> tuple[str, ...]:
 
 def _measurements(rows: Sequence[Row]) -> str:
     sections = []
-    for kind, title in (("op", "Losses and attention"), ("step", "Training steps"), ("scaling", "Scaling")):
+    for kind, title in (
+        ("op", "Losses and attention"),
+        ("step", "Training steps"),
+        ("scaling", "Scaling"),
+    ):
         table = _of_kind([row for row in rows if row.kind == kind])
         if len(table) > 1:
             sections.append(f"## {title}\n\n" + _table(table))

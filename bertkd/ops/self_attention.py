@@ -99,9 +99,10 @@ def self_attention(
             "q, k and v must be float32, float16 or bfloat16 tensors on a CPU, got "
             f"{q.dtype} on {q.device}; use F.scaled_dot_product_attention"
         )
-    if mask is not None and mask.shape != (q.shape[0], q.shape[2]):
+    keys = (q.shape[0], q.shape[2])
+    if mask is not None and (mask.shape != keys or mask.device.type != "cpu"):
         raise ValueError(
-            f"mask must be (B, L) = {(q.shape[0], q.shape[2])}, got {tuple(mask.shape)}"
+            f"mask must be (B, L) = {keys} on the CPU, got {tuple(mask.shape)} on {mask.device}"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
