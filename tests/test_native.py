@@ -1,14 +1,11 @@
 """The native attention kernels against the float64 reference, on every instruction set this machine has."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from attention_cases import qkv, ragged_mask, value_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import ISAS, LOW, assert_close, machine, needs_native
+from native_cases import ISAS, LOW, assert_close, extra_memory, machine, needs_native
 from oracle import relative
 
 from bertkd import functional
@@ -231,31 +228,15 @@ def test_empty_batches_and_weights_of_zero():
             assert (result == 0).all()
 
 
-MEMORY = """
-import torch
+STEP = """
 from bertkd import functional
 
-def peak():
-    for line in open("/proc/self/status"):
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-
-make = lambda n: [torch.randn(1, n, 12, 64).transpose(1, 2).requires_grad_() for _ in range(4)]
-def step(tensors):
+def step(*tensors):
     functional.attention_kl(*tensors, impl="native").backward()
-step(make(64))
-tensors = make(4096)
-before = peak()
-step(tensors)
-print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_memory_at_length_4096_is_under_2_percent_of_eager():
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
-    )
-    extra, one_map = int(result.stdout), 12 * 4096 * 4096 * 4
+    extra, one_map = extra_memory(STEP), 12 * 4096 * 4096 * 4
     # Eager holds at least four maps: tests/test_memory.py measures that.
     assert extra < 0.02 * 4 * one_map, f"{extra / 2**20:.0f} MiB"

@@ -1,14 +1,11 @@
 """The native attention: values and gradients against float64, and what dropout keeps."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from attention_cases import qkv, ragged_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import ISAS, LOW, assert_close, machine, needs_native
+from native_cases import ISAS, LOW, assert_close, extra_memory, machine, needs_native
 from oracle import relative
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -287,31 +284,15 @@ def test_other_dtypes_and_devices_are_sent_to_sdpa():
             self_attention(x, x, x)
 
 
-MEMORY = """
-import torch
+STEP = """
 from bertkd.ops.self_attention import self_attention
 
-def peak():
-    for line in open("/proc/self/status"):
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-
-make = lambda n: [torch.randn(1, n, 12, 64).transpose(1, 2).requires_grad_() for _ in range(3)]
-def step(tensors):
-    self_attention(*tensors, dropout=0.1).sum().backward()
-step(make(64))
-tensors = make(4096)
-before = peak()
-step(tensors)
-print(peak() - before)
+def step(q, k, v, _):
+    self_attention(q, k, v, dropout=0.1).sum().backward()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_memory_at_length_4096_is_a_tenth_of_one_map():
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
-    )
-    extra, one_map = int(result.stdout), 12 * 4096 * 4096 * 4
+    extra, one_map = extra_memory(STEP), 12 * 4096 * 4096 * 4
     # The output, its gradient and three more are 12 MiB each.
     assert extra < one_map / 10, f"{extra / 2**20:.0f} MiB"
