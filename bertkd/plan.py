@@ -118,8 +118,8 @@ def make_plan(
         student_parameters=_count(student),
         teacher_parameters=_count(teacher),
         objective_parameters=_count(objective),
-        student_attention=attention_of(student),
-        teacher_attention=attention_of(teacher),
+        student_attention=_attention_of(student),
+        teacher_attention=_attention_of(teacher),
     )
 
 
@@ -132,7 +132,7 @@ def human_bytes(count: int) -> str:
     return f"{value:,.0f} {units[0]}" if whole else f"{value:.1f} {units[0]}"
 
 
-def attention_of(model: Any) -> str:
+def _attention_of(model: Any) -> str:
     """Hugging Face's name of a model's attention implementation."""
     return model.config._attn_implementation or "eager"
 

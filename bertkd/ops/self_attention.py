@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bertkd.ops.native import self_attention as native
+from bertkd.ops.native.library import DTYPES
 
 _COMMON = "Tensor? mask, Tensor? seed, float scale, float dropout"
 _QKV = "Tensor q, Tensor k, Tensor v"
@@ -94,7 +95,7 @@ def self_attention(
                 f"q and {name} must be (B, H, L, D) of one shape and dtype, got {tuple(q.shape)} {q.dtype} "
                 f"and {tuple(x.shape)} {x.dtype}"
             )
-    if q.dtype not in native.DTYPES or any(x.device.type != "cpu" for x in (q, k, v)):
+    if q.dtype not in DTYPES or any(x.device.type != "cpu" for x in (q, k, v)):
         raise ValueError(
             "q, k and v must be float32, float16 or bfloat16 tensors on a CPU, got "
             f"{q.dtype} on {q.device}; use F.scaled_dot_product_attention"

@@ -16,6 +16,15 @@ namespace {
 enum class Order { kRows, kColumns };
 enum class Into { kSet, kAdd };
 
+// Over a multiple of kPanel.
+inline float dot(const float* x, const float* y, int64_t count) {
+  Vec sum[2] = {Vec{}, Vec{}};
+  for (int64_t d = 0; d < count; d += kPanel)
+    for (int half = 0; half < 2; ++half)
+      sum[half] = fma(load(x + d + half * kLanes), load(y + d + half * kLanes), sum[half]);
+  return sum_lanes(sum[0] + sum[1]);
+}
+
 // One register tile: C[kTileRows x kPanel] (+)= alpha * A[kTileRows x depth] B[depth x kPanel].
 // A function of its own: inlined into its callers, GCC keeps the rows' addresses on the stack and
 // the inner loop is bound by loads.

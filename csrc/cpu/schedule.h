@@ -51,6 +51,10 @@ inline void add_scaled(const float* from, float factor, int64_t count, float* to
     store(to + d, fma(load(from + d), splat(factor), load(to + d)));
 }
 
+inline void zero_row(const Heads& to, int64_t b, int64_t h, int64_t i) {
+  __builtin_memset(row_to(to, b, h, i), 0, static_cast<std::size_t>(to.width * bytes_of(to.dtype)));
+}
+
 // Rows that no block visits: without weight, or (`all`) without any key.
 inline void zero_skipped_rows(const Attention& args, int64_t b, int64_t h, bool all,
                               bool gradient_is_summed) {
@@ -59,29 +63,27 @@ inline void zero_skipped_rows(const Attention& args, int64_t b, int64_t h, bool 
     if (!args.weights.data)
       args.rows[(b * args.heads + h) * args.length + i] = 0.f;
     else if (!gradient_is_summed)
-      __builtin_memset(row_to(args.grad_a, b, h, i), 0,
-                       static_cast<std::size_t>(args.a_s.width * bytes_of(args.grad_a.dtype)));
+      zero_row(args.grad_a, b, h, i);
   }
 }
 
+// The n packed rows of a head, times factor, to the places that `keys` names; the others get 0.
+inline void place_rows(const Heads& to, int64_t b, int64_t h, int64_t length, const int32_t* keys,
+                       int64_t n, const float* rows, int64_t ld, float factor) {
+  int64_t next = 0;
+  for (int64_t j = 0; j < length; ++j)
+    if (next < n && keys[next] == j)
+      narrow(rows + next++ * ld, factor, to.width, to.dtype, row_to(to, b, h, j));
+    else
+      zero_row(to, b, h, j);
+}
+
 // The gradient of the n packed keys of a head, times factor: added to `sum` by position, or, where
-// there is none, written to its place. Pads get 0.
+// there is none, written to its place.
 inline void deliver_keys(const Attention& args, int64_t b, int64_t h, const int32_t* keys,
                          int64_t n, const float* grad, int64_t ld, float factor, float* sum) {
-  const int64_t width = args.b_s.width;
-  int64_t next = 0;
-  for (int64_t j = 0; j < args.length; ++j) {
-    const bool real = next < n && keys[next] == j;
-    const float* from = grad + next * ld;
-    next += real;
-    if (sum && real) add_scaled(from, factor, ld, sum + j * ld);
-    if (sum) continue;
-    char* to = row_to(args.grad_b, b, h, j);
-    if (real)
-      narrow(from, factor, width, args.grad_b.dtype, to);
-    else
-      __builtin_memset(to, 0, static_cast<std::size_t>(width * bytes_of(args.grad_b.dtype)));
-  }
+  if (!sum) return place_rows(args.grad_b, b, h, args.length, keys, n, grad, ld, factor);
+  for (int64_t r = 0; r < n; ++r) add_scaled(grad + r * ld, factor, ld, sum + keys[r] * ld);
 }
 
 // The gradient of a head from the sums of its parts, added in order.

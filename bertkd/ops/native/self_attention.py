@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.native.library import DTYPES, heads, kernels, key_mask, unit_stride
-
-__all__ = ["DTYPES", "empty_heads", "empty_stats", "self_attention_bwd", "self_attention_fwd"]
+from bertkd.ops.native.library import heads, kernels, key_mask, unit_stride
 
 
 def empty_heads(like: Tensor) -> Tensor:
