@@ -17,7 +17,7 @@ def _inner(x, y, cols, mask):
     return a, b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def hidden_cosine_kernel(
     student,  # (N, d)
     teacher,  # (N, d)

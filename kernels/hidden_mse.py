@@ -6,7 +6,7 @@ import triton.language as tl
 from .rows import multiple, select, weights_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def hidden_mse_kernel(
     students,  # tuple of (N, d)
     teachers,  # tuple of (N, d)

@@ -10,7 +10,7 @@ import triton.language as tl
 from .rows import multiple, select, weights_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def hidden_proj_mse_kernel(
     inputs,  # tuple of X (N, k)
     weight,  # (targets * m, inputs * k)

@@ -34,7 +34,7 @@ def _logits(z, bias, cols, mask):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def softmax_kl_block_kernel(
     z_s,  # (N, C)
     z_t,  # (N, C)
@@ -113,7 +113,7 @@ def _difference(s, t, m_s, m_t, ratio, factor, scale):
     return factor * (tl.exp2((s - m_s) * scale) * ratio - tl.exp2((t - m_t) * scale))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def softmax_kl_loop_kernel(
     z_s,  # (N, C)
     z_t,  # (N, C)

@@ -1,5 +1,9 @@
 """Triton kernels of the hidden-state losses, in the interpreter, against float64 eager."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from attention_cases import ragged_mask, value_and_grads
@@ -14,6 +18,9 @@ from bertkd.kernels import hidden_proj_mse as proj_kernels
 from bertkd.ops.schema import OPS
 from bertkd.ops.triton import hidden_mse as mse_launcher
 from bertkd.ops.triton import hidden_proj_mse as proj_launcher
+from bertkd.ops.triton.attention import laid_out_like
+
+ROOT = Path(__file__).parent.parent
 
 HALF, FULL = torch.float16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [FULL, HALF], ids=["fp32", "fp16"])
@@ -172,6 +179,29 @@ def test_gradients_are_laid_out_like_their_tensors():
     grads += OPS["hidden_proj_mse_fwd_bwd"](one, h, weight, None, wide, "triton")[1:3]
     for grad, x in zip(grads, [h, wide, h, h, weight], strict=True):
         assert grad.stride() == torch.empty_like(x).stride()
+
+
+def test_a_gradient_is_not_copied_for_the_gaps_of_a_slice():
+    fused = randn(2, 20, 96, seed=0)
+    part = fused[..., :32].view(2, 20, 2, 16).transpose(1, 2)
+    written = torch.empty_like(part)
+    assert laid_out_like(part, written) is written
+    assert laid_out_like(part, written.half()).dtype == torch.float32
+    assert laid_out_like(part, written.contiguous()).stride() == written.stride()
+
+
+@pytest.mark.parametrize(("setting", "answer"), [("tf32", "tf32"), ("ieee", "ieee")])
+def test_precision_after_torch_s_newer_settings_were_used(setting, answer):
+    """In a process of its own: PyTorch then refuses to answer the old question for good."""
+    program = f"""
+import torch
+from bertkd.ops.triton.hidden_proj_mse import precision
+torch.backends.cuda.matmul.fp32_precision = {setting!r}
+print(precision(torch.float32), precision(torch.float16))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == [answer, "ieee"], done.stderr
 
 
 def test_no_rows():

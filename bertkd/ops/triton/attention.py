@@ -45,9 +45,14 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def like(given: Tensor, written: Tensor) -> Tensor:
-    """A gradient laid out as the argument was ``given``, from one laid out as the kernel wrote it."""
-    return written if written.stride() == given.stride() else torch.empty_like(given).copy_(written)
+def laid_out_like(given: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of ``given`` in its dtype and layout, ``grad`` itself where that already has both.
+
+    The layout is that of ``torch.empty_like``: of a slice it has the order of the strides, not the gaps between them.
+    """
+    wanted = torch.empty_like(given, device="meta")
+    same = grad.dtype == wanted.dtype and grad.stride() == wanted.stride()
+    return grad if same else torch.empty_like(given).copy_(grad)
 
 
 def guard(x: Tensor) -> Any:

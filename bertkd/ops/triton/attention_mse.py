@@ -18,7 +18,7 @@ from bertkd.ops.triton.attention import (
     Extents,
     extents_of,
     guard,
-    like,
+    laid_out_like,
     mask_arguments,
     refusal,
     shape_of,
@@ -94,7 +94,7 @@ def attention_mse_fwd_bwd(
             sums = _pairs(sides, mask, row_weight, extents, None, grad_q, *scales, keys=False)
             loss = sums.sum()
             _pairs(sides, mask, row_weight, extents, None, grad_k, *scales, keys=True)
-        return loss, like(q_s, grad_q), like(k_s, grad_k)
+        return loss, laid_out_like(q_s, grad_q), laid_out_like(k_s, grad_k)
 
 
 def _unit_strides(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Sides:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bertkd.kernels.hidden_cosine import hidden_cosine_kernel
 from bertkd.kernels.hidden_mse import hidden_mse_kernel
-from bertkd.ops.triton.attention import guard, unit_stride
-from bertkd.ops.triton.states import alignment, laid_out_like
+from bertkd.ops.triton.attention import guard, laid_out_like, unit_stride
+from bertkd.ops.triton.states import alignment
 
 # Elements of a tile: 16 a thread, two loads of 16 bytes for 16-bit states.
 TILE = 2048

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from bertkd.kernels.hidden_proj_mse import hidden_proj_mse_kernel
 from bertkd.ops.triton import interpreting
-from bertkd.ops.triton.attention import guard, unit_stride
+from bertkd.ops.triton.attention import guard, laid_out_like, unit_stride
 from bertkd.ops.triton.states import (
     alignment,
-    laid_out_like,
     one_layout,
     operand_dtype,
     product,
@@ -62,7 +61,13 @@ def precision(dtype: torch.dtype) -> str:
 
     Not "tf32x3": matrix units round their sums down, and errors must stay within twice those of eager.
     """
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    if dtype != torch.float32:
+        return "ieee"
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:
+        # PyTorch refuses the old question once its newer settings, one for each backend, were used.
+        exact = torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
     return "ieee" if exact else "tf32"
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bertkd.ops.triton.attention import unit_stride
+from bertkd.ops.triton.attention import laid_out_like, unit_stride
 from bertkd.ops.triton.softmax_kl import row_kl
-from bertkd.ops.triton.states import laid_out_like, operand_dtype, product
+from bertkd.ops.triton.states import operand_dtype, product
 
 # Logits of one side in a chunk: 64 MiB of fp32. The rows depend on V alone: taking what memory happens to be free would
 # change the order of the sums, and with it the last bits, from run to run.

@@ -14,7 +14,7 @@ from bertkd.ops.triton.attention import (
     block_length,
     extents_of,
     guard,
-    like,
+    laid_out_like,
     mask_arguments,
     refusal,
     shape_of,
@@ -75,7 +75,7 @@ def relation_kl_fwd_bwd(
             loss = _short_launch(
                 config, sides, mask, row_weight, grad_a, grad_b, scale_s, scale_t
             ).sum()
-        return loss, like(a_s, grad_a), like(b_s, grad_b)
+        return loss, laid_out_like(a_s, grad_a), laid_out_like(b_s, grad_b)
 
 
 def positive_sides(a_s, b_s, a_t, b_t, scale_s: float, scale_t: float) -> Sides:

@@ -11,7 +11,7 @@ from bertkd.ops.triton.attention import (
     block_length,
     extents_of,
     guard,
-    like,
+    laid_out_like,
     mask_arguments,
     refusal,
     shape_of,
@@ -55,7 +55,7 @@ def self_relation_kl_fwd_bwd(
             loss = _short_launch(
                 config, student, teacher, mask, row_weight, grad, scale_s, scale_t
             ).sum()
-            return loss, like(x_s, grad)
+            return loss, laid_out_like(x_s, grad)
         sides = positive_sides(x_s, x_s, x_t, x_t, scale_s, scale_t)
         extents = extents_of(mask, row_weight, x_s)
         stats = torch.empty((4, *row_weight.shape), dtype=torch.float32, device=x_s.device)
@@ -64,7 +64,7 @@ def self_relation_kl_fwd_bwd(
         scales = scale_s, scale_t
         sums = rows_launch("grad_rows", sides, mask, row_weight, extents, stats, *scales, rows_grad)
         more = keys_launch(sides, mask, extents, stats, grad, *scales, rows_grad)
-        return sums.sum() + more.sum(), like(x_s, grad)
+        return sums.sum() + more.sum(), laid_out_like(x_s, grad)
 
 
 def _short_launch(

@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from bertkd.kernels.softmax_kl import softmax_kl_block_kernel, softmax_kl_loop_kernel
-from bertkd.ops.triton.attention import guard, unit_stride
-from bertkd.ops.triton.states import alignment, laid_out_like
+from bertkd.ops.triton.attention import guard, laid_out_like, unit_stride
+from bertkd.ops.triton.states import alignment
 
 # Up to here a thread holds at most 32 logits of either side.
 BLOCK_CLASSES = 8192

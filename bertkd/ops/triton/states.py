@@ -11,13 +11,6 @@ from torch import Tensor
 from bertkd.ops.triton.attention import unit_stride
 
 
-def laid_out_like(given: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of ``given`` in its dtype and layout: ``grad`` itself where that already has both."""
-    like = torch.empty_like(given)
-    same = grad.dtype == like.dtype and grad.stride() == like.stride()
-    return grad if same else like.copy_(grad)
-
-
 def alignment(width: int, *tensors: Tensor | None) -> int:
     """Largest power of two up to 8 that divides a width and the row strides of tensors: what a load may vectorise."""
     return math.gcd(8, width, *(x.stride(0) for x in tensors if x is not None))
