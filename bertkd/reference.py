@@ -137,7 +137,7 @@ def hidden_cosine_rows(h_s: Tensor, h_t: Tensor, eps: float = 1e-12) -> Tensor:
     """1 - cos(h_s, h_t) of every row: (..., d), (..., d) -> (...). A zero vector has cosine 0."""
     dtype = compute_dtype(h_s, h_t)
     x, y = h_s.to(dtype), h_t.to(dtype)
-    # The norms are clamped inside the square root so that the gradient at 0 is 0 and not NaN.
+    # The norms are clamped inside the square root so that the gradient at 0 is finite.
     norm = (x.square().sum(-1).clamp_min(eps) * y.square().sum(-1).clamp_min(eps)).sqrt()
     return 1.0 - (x * y).sum(-1) / norm
 
@@ -148,7 +148,9 @@ def softmax_kl_rows(z_s: Tensor, z_t: Tensor, temperature: float = 1.0) -> Tenso
     dtype = compute_dtype(z_s, z_t)
     log_p_s = torch.log_softmax(z_s.to(dtype) / temperature, -1)
     log_p_t = torch.log_softmax(z_t.to(dtype) / temperature, -1)
-    return (log_p_t.exp() * (log_p_t - log_p_s)).sum(-1)
+    p_t = log_p_t.exp()
+    # 0 log 0 = 0: a class masked with -inf on both sides adds nothing.
+    return (p_t * (log_p_t - log_p_s)).masked_fill(p_t == 0, 0.0).sum(-1)
 
 
 @full_precision

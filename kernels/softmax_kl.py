@@ -34,6 +34,12 @@ def _logits(z, bias, cols, mask):
     return x
 
 
+@triton.jit
+def _terms(e_t, a_t, a_s):
+    """Of the sum over classes; 0 where the teacher rules a class out, though both logits may be -inf there."""
+    return tl.where(e_t > 0.0, e_t * (a_t - a_s), 0.0)
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def softmax_kl_block_kernel(
     z_s,  # (N, C)
@@ -68,7 +74,7 @@ def softmax_kl_block_kernel(
     a_s, a_t = s - tl.max(s, 1)[:, None], t - tl.max(t, 1)[:, None]
     e_s, e_t = tl.exp2(a_s * scale), tl.exp2(a_t * scale)
     l_s, l_t = tl.sum(e_s, 1), tl.sum(e_t, 1)
-    mean = tl.div_rn(tl.sum(e_t * (a_t - a_s), 1), l_t)
+    mean = tl.div_rn(tl.sum(_terms(e_t, a_t, a_s), 1), l_t)
     kl = mean * inverse_t + tl.log(tl.div_rn(l_s, l_t))
     tl.store(out + rows, w * kl, mask=exists)
     if grad is not None:
@@ -97,7 +103,7 @@ def _step(s, t, m_s, m_t, l_s, l_t, total, scale):
     a_s, a_t = s - new_s[None, :, None], t - new_t[None, :, None]
     e_t = tl.exp2(a_t * scale)
     l_s += _total(tl.exp2(a_s * scale))
-    return new_s, new_t, l_s, l_t + _total(e_t), total + _total(e_t * (a_t - a_s))
+    return new_s, new_t, l_s, l_t + _total(e_t), total + _total(_terms(e_t, a_t, a_s))
 
 
 @triton.jit

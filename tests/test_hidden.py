@@ -191,3 +191,27 @@ def test_gradcheck_in_float64():
 def test_equal_states_give_exactly_zero():
     h = states(2, 3, 4, seed=0)
     assert all((x == 0).all() for x in value_and_grads(functional.hidden_mse, [h], h))
+
+
+@pytest.mark.parametrize("loss", [functional.hidden_mse, functional.hidden_cosine])
+def test_symbolic_sizes_stay_symbolic(loss):
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    # One graph for the first sizes, one for any; without gradients, as in evaluation.
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for batch, length in zip(range(2, 9), range(9, 72, 9), strict=True):
+            h_s, h_t = states(batch, length, 6, seed=0), states(batch, length, 6, seed=1)
+            mask = ragged_mask(batch, length, seed=2)
+            torch.testing.assert_close(compiled(h_s, h_t, mask), loss(h_s, h_t, mask))
+
+
+def test_arguments_that_do_not_fit_are_named():
+    h_s, h_t, weight = states(2, 5, 6, seed=0), states(2, 5, 4, seed=1), states(4, 6, seed=2)
+    for bias in (states(1, seed=3), states(6, seed=3), states(2, 5, 4, seed=3)):
+        with pytest.raises(ValueError, match=r"bias must have shape \(4,\)"):
+            functional.hidden_mse(h_s, h_t, weight=weight, bias=bias)
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\)"):
+        functional.hidden_combine_mse([h_t], [h_s], weight, states(1, seed=3))
+    with pytest.raises(ValueError, match="one state per call, got 2"):
+        functional.hidden_cosine([h_s, h_s], [h_s, h_s])
+    with pytest.raises(TypeError, match="row_weight must be a tensor, got float"):
+        functional.hidden_mse(h_s, h_s, row_weight=0.5)

@@ -78,7 +78,7 @@ def _case(arch, form, classes, student, *, teacher=None, bias=None, grad=None) -
         # Loop 0 writes the zeros of a row of weight 0; the first sweep follows it.
         loop=0 if form == "value" else 1,
         pairs=None if whole else constants["WRAPS"] * constants["LANES"] * constants["VEC"],
-        max_per_pair=None if whole else 24,
+        max_per_pair=None if whole else 27,
         quick=(classes == 30522 and student == teacher == "bf16")
         or (arch == 90 and (form == "chunk" or (classes, student) == (1000, "fp32"))),
         **launch,

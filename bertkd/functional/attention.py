@@ -11,7 +11,7 @@ from bertkd import reference
 from bertkd.ops.autograd import row_loss, sum_loss
 from bertkd.ops.checks import check_attention, check_options, check_tensors, regroup_heads
 from bertkd.ops.dispatch import requested
-from bertkd.ops.rows import as_mask, row_weights
+from bertkd.ops.rows import as_mask, row_weights, weighted
 
 
 def relation_kl(
@@ -212,7 +212,7 @@ def _attention_loss(
         args, wrt = (*sides, mask, scale_s, scale_t), range(len(sides) // 2)
         if reduction != "none":
             return sum_loss(name, impl, weight, args, wrt, divisor)
-        loss = weight * row_loss(name, impl, args, wrt=wrt)
+        loss = weighted(row_loss(name, impl, args, wrt=wrt), weight)
     else:
         loss = weight * eager_rows(
             a_s, b_s, a_t, b_t, mask, scale_s=scale_s, scale_t=scale_t, **eager_option

@@ -67,6 +67,7 @@ def hidden_mse(
         raise ValueError(
             f"{op}: weight must have shape (d_t, d_s) = ({width_t}, {width_s}), got {tuple(weight.shape)}."
         )
+    _check_bias(op, bias, width_t)
     if len(students) > 1 and (weight is not None or reduction == "none"):
         raise ValueError(
             f"{op}: weight and reduction='none' take one state per call, got {len(students)}. Call once per state."
@@ -134,6 +135,7 @@ def hidden_combine_mse(
     shape = (sum(x.shape[-1] for x in students), sum(x.shape[-1] for x in teachers))
     if tuple(weight.shape) != shape:
         raise ValueError(f"{op}: weight must have shape {shape}, got {tuple(weight.shape)}.")
+    _check_bias(op, bias, shape[0])
     weights, count = _rows(op, students, teachers, weight, mask, row_weight, count_pads)
     impl = requested(op, impl)
     if impl == "eager":
@@ -177,6 +179,10 @@ def hidden_cosine(
     op = "hidden_cosine"
     check_options(op, reduction)
     students, teachers = _states(op, h_s, h_t)
+    if len(students) > 1:
+        raise ValueError(
+            f"{op}: takes one state per call, got {len(students)}. Call once per state."
+        )
     width_s, width_t = students[0].shape[-1], teachers[0].shape[-1]
     if width_s != width_t:
         raise ValueError(
@@ -206,12 +212,16 @@ def _states(op: str, h_s: States, h_t: States) -> tuple[list[Tensor], list[Tenso
     named |= {f"h_t[{i}]": x for i, x in enumerate(teachers)}
     check_tensors(op, None, **named)
     for side in (students, teachers):
-        shapes = {tuple(x.shape) for x in side}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"{op}: the states of one call must have one shape, got {sorted(shapes)}."
-            )
+        # Compared, not collected in a set: that would pin the sizes while torch.compile keeps them symbolic.
+        if any(x.shape != side[0].shape for x in side):
+            shapes = ", ".join(str(tuple(x.shape)) for x in side)
+            raise ValueError(f"{op}: the states of one call must have one shape, got {shapes}.")
     return students, [t.detach() for t in teachers]
+
+
+def _check_bias(op: str, bias: Tensor | None, width: int) -> None:
+    if bias is not None and tuple(bias.shape) != (width,):
+        raise ValueError(f"{op}: bias must have shape ({width},), got {tuple(bias.shape)}.")
 
 
 def _rows(op, students, teachers, weight, mask, row_weight, count_pads):

@@ -8,7 +8,7 @@ from bertkd import reference
 from bertkd.ops.autograd import row_loss, sum_loss
 from bertkd.ops.checks import check_mask, check_options, check_tensors
 from bertkd.ops.dispatch import requested
-from bertkd.ops.rows import as_mask, row_weights
+from bertkd.ops.rows import as_mask, row_weights, weighted
 
 
 def softmax_kl(
@@ -169,7 +169,7 @@ def _row_kl(
         loss = definition(*inputs) * weights
         loss = loss if reduction == "none" else loss.sum()
     elif reduction == "none":
-        loss = row_loss(op, impl, args, wrt=wrt).view(rows) * weights
+        loss = weighted(row_loss(op, impl, args, wrt=wrt).view(rows), weights)
     else:
         loss = sum_loss(op, impl, weights.reshape(-1), args, wrt)
     return loss * factor if divisor is None else loss / divisor

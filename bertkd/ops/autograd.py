@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
+from bertkd.ops.rows import weighted
 from bertkd.ops.schema import OPS
 
 Arg = Tensor | Sequence[Tensor] | float | None
@@ -55,6 +57,38 @@ def _is_one(factor: Tensor) -> bool:
     return type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1
 
 
+SECOND_ORDER = b"bertkd's fused losses have no second derivative. Use impl='eager' where you differentiate twice."
+
+
+def first_order(backward):
+    """Makes a gradient that is differentiated again an error.
+
+    ``once_differentiable`` does so only where the upstream gradient requires one. A loss's own is 1 and does not, so a
+    gradient penalty, or a Hessian, would silently come out as 0.
+    """
+
+    @wraps(backward)
+    def run(ctx, *upstream):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        fail = torch._C._functions.DelayedError(SECOND_ORDER, len(grads))
+        return fail(*[None if g is None else g.detach().requires_grad_() for g in grads])
+
+    return run
+
+
+def _refuse_tangents(op: str, flat: Sequence[Any]) -> None:
+    """Forward-mode differentiation would silently give 0: the ops know nothing of it."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flat):
+        raise NotImplementedError(
+            f"{op}: the fused losses have no forward-mode derivative. Use impl='eager' there."
+        )
+
+
 def _place(grads: Sequence[Any], wrt: Sequence[int], args: Sequence[Any]) -> list[Tensor | None]:
     """Gradients of the op, in order, to the places of the differentiated arguments."""
     flat, _ = _flatten(grads)
@@ -75,7 +109,7 @@ class SumLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_loss):
         # A gradient is as large as its tensor: a copy of each would cost memory, and time to fault it in.
         last = _is_last_visit()
@@ -97,7 +131,7 @@ class RowLoss(torch.autograd.Function):
         return OPS[f"{op}_rows"](*_pack(args, groups), impl)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_rows):
         saved = ctx.saved_tensors
         args = [a if t is None else t for t, a in zip(saved, ctx.static, strict=True)]
@@ -132,6 +166,7 @@ def sum_loss(
         divisor: of a mean, a 0-d tensor; 1 if None.
     """
     flat, groups = _flatten(args)
+    _refuse_tangents(op, flat)
     if divisor is not None and not any(
         flat[i] is not None and flat[i].dtype == torch.float16 for i in wrt
     ):
@@ -143,15 +178,18 @@ def sum_loss(
 
 
 def _sum_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:
-    if not _needs_grad(flat, wrt) and f"{op}_rows" in OPS and not any(groups):
+    if not _needs_grad(flat, wrt):
         with torch.no_grad():
-            return (OPS[f"{op}_rows"](*flat, impl) * row_weight).sum()
+            if f"{op}_rows" in OPS:
+                return weighted(OPS[f"{op}_rows"](*flat, impl), row_weight).sum()
+            return OPS[f"{op}_fwd_bwd"](row_weight, *_pack(flat, groups), impl)[0]
     return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)
 
 
 def row_loss(op: str, impl: str, args: Sequence[Arg], wrt: Sequence[int]) -> Tensor:
     """Every row of an op, differentiable in ``wrt``; without gradients just the forward."""
     flat, groups = _flatten(args)
+    _refuse_tangents(op, flat)
     if not _needs_grad(flat, wrt):
         with torch.no_grad():
             return OPS[f"{op}_rows"](*_pack(flat, groups), impl)

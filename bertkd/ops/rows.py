@@ -14,6 +14,11 @@ def as_mask(op: str, mask: Tensor | None, like: Tensor, rows: tuple[int, ...]) -
     return None if mask is None else mask.bool()
 
 
+def weighted(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows * weight``, and 0 where the weight is 0, whatever is there: a pad row may hold NaN."""
+    return torch.where(weight == 0, 0.0, rows * weight)
+
+
 def row_weights(
     op: str,
     rows: tuple[int, ...],
@@ -38,6 +43,8 @@ def row_weights(
     weight = torch.ones(rows, dtype=dtype, device=device) if mask is None else mask.to(dtype)
     count = weight.sum().clamp_min(1.0)
     if row_weight is not None:
+        if not isinstance(row_weight, Tensor):
+            raise TypeError(f"{op}: row_weight must be a tensor, got {type(row_weight).__name__}.")
         if tuple(row_weight.shape) != rows[: row_weight.dim()] or row_weight.dim() == 0:
             raise ValueError(
                 f"{op}: row_weight must have shape {rows} or {rows[:1]}, got {tuple(row_weight.shape)}."

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from bertkd.ops.autograd import first_order
 from bertkd.ops.native import self_attention as native
 from bertkd.ops.native.library import DTYPES
 
@@ -54,7 +54,7 @@ class _SelfAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out):
         grads = _BACKWARD(grad_out, *ctx.saved_tensors, *ctx.options)
         return *grads, None, None, None, None
@@ -107,6 +107,6 @@ def self_attention(
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-    seed = torch.randint(-(2**63), 2**63 - 1, ()) if dropout else None
+    seed = torch.randint(-(2**63), 2**63 - 1, (), device="cpu") if dropout else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _SelfAttention.apply(q, k, v, mask, seed, scale, dropout)

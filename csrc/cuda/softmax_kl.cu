@@ -63,7 +63,7 @@ __device__ __forceinline__ void add_chunk(RowState& x, const float (&s)[kChunk],
     const float e_t = fast_exp2(of_t);
     x.l_s += fast_exp2(of_s);
     x.l_t += e_t;
-    x.a += e_t * (of_t - of_s);
+    if (e_t > 0.f) x.a += e_t * (of_t - of_s);  // both may be -inf where e_t is 0
   }
 }
 

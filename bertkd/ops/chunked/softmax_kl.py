@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bertkd.ops.chunked.tiles import Workspace, budget, kl_sweep
+from bertkd.ops.chunked.tiles import Workspace, budget, kl_sweep, low
 from bertkd.reference import compute_dtype
 
 
@@ -25,6 +25,9 @@ def _sweep(
     s, t = work.get("s", *shape), work.get("t", *shape)
     s.copy_(z_s[block]).div_(temperature)
     t.copy_(z_t[block]).div_(temperature)
+    # Classes may be masked with -inf on both sides: two finite numbers have a difference.
+    for logits in (s, t):
+        logits.clamp_(min=low(work.dtype))
     return kl_sweep(s, t, work.get("p", *shape))
 
 

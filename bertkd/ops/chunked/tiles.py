@@ -42,6 +42,8 @@ def tiles(like: Tensor, mask: Tensor | None, row_weight: Tensor | None = None) -
         row_weight: (B, H, L); rows of weight 0 at the end of a sequence are left out. None keeps all rows.
     """
     batch, heads, length, _ = like.shape
+    if length == 0:
+        return
     keys = rows = [length] * batch
     # Reading the lengths costs a synchronisation on a GPU, so there every tile has all keys.
     if mask is not None and like.device.type == "cpu":
