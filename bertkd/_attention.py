@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from bertkd import cpu_attention
 from bertkd.errors import UnsupportedEncoderError
 
 if TYPE_CHECKING:
@@ -31,13 +32,19 @@ _NAME_BLIND = ("eager", "sdpa", "flex_attention")
 
 
 @contextmanager
-def intercept(config: PretrainedConfig) -> Iterator[None]:
+def intercept(config: PretrainedConfig, instead_of_sdpa: str | None = None) -> Iterator[None]:
     """Let the models that hold ``config`` call the listeners of their attention modules.
 
     Nesting is fine. The config is left as it was found, also after an exception.
+
+    Args:
+        config: of the models.
+        instead_of_sdpa: the implementation that is handed on to where the config names SDPA.
     """
     before = config._attn_implementation
     name = before or "eager"
+    if name == "sdpa" and instead_of_sdpa is not None:
+        name = instead_of_sdpa
     if not name.startswith(_PREFIX):
         config._attn_implementation = _register(name)
     try:
@@ -51,6 +58,9 @@ def _register(name: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if name == cpu_attention.NAME:
+        # A model that was unpickled may name it in a process where nobody has registered it yet.
+        cpu_attention.register()
     ours = _PREFIX + name
     implementation = ALL_ATTENTION_FUNCTIONS.get(name)
     if implementation is None and name != "eager":

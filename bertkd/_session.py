@@ -49,12 +49,19 @@ class Stop(BaseException):
 
 
 class Session:
-    """One ``Recording``, what is wanted in it, and whether to stop once that is there."""
+    """One ``Recording``, what is wanted in it, whether to stop once that is there, and what stands in for SDPA."""
 
-    def __init__(self, blocks: frozenset[int], states: frozenset[int], stop: bool) -> None:
+    def __init__(
+        self,
+        blocks: frozenset[int],
+        states: frozenset[int],
+        stop: bool,
+        instead_of_sdpa: str | None = None,
+    ) -> None:
         self.recording = Recording()
         self.blocks, self.states = blocks, states
         self.stop = stop
+        self.instead_of_sdpa = instead_of_sdpa
         self.started = False
         self._undo = ExitStack()
 
@@ -70,7 +77,7 @@ class Session:
         base, blocks, attentions = base_model(model), block_list(model), attention_modules(model)
         configs: dict[int, Any] = {id(module.config): module.config for module in attentions}
         for config in configs.values():
-            undo.enter_context(intercept(config))
+            undo.enter_context(intercept(config, self.instead_of_sdpa))
         _listen(undo, base, _STARTS, self.begin)
         for module in dict.fromkeys(attentions):
             tap = _AttentionTap(self, _places(module, attentions))

@@ -32,6 +32,9 @@ class Capture:
             compiled or in ``DistributedDataParallel``.
         blocks: blocks whose q, k and v are wanted, from 0 to the number of blocks - 1.
         states: states wanted, from 0 to the number of blocks.
+        instead_of_sdpa: name of a registered attention implementation that a model on SDPA attends with
+            while a call or a ``record`` lasts. Not under gradient checkpointing, whose blocks run
+            again later and must attend as they did.
 
     Raises:
         TypeError: the model is no Hugging Face model, or an index no integer.
@@ -40,7 +43,12 @@ class Capture:
     """
 
     def __init__(
-        self, model: nn.Module, *, blocks: Iterable[int] = (), states: Iterable[int] = ()
+        self,
+        model: nn.Module,
+        *,
+        blocks: Iterable[int] = (),
+        states: Iterable[int] = (),
+        instead_of_sdpa: str | None = None,
     ) -> None:
         if isinstance(getattr(model, "_orig_mod", model), nn.DataParallel):
             raise ValueError(
@@ -51,6 +59,7 @@ class Capture:
         self.model = model
         self.blocks = _indices("blocks", blocks, num_blocks - 1)
         self.states = _indices("states", states, num_blocks)
+        self.instead_of_sdpa = instead_of_sdpa
 
     def __call__(self, *args: Any, stop_early: bool = False, **kwargs: Any) -> Recording:
         """Run ``model(*args, **kwargs)`` and return what was captured, with the model's output.
@@ -80,7 +89,8 @@ class Capture:
     @contextmanager
     def _session(self, stop: bool) -> Iterator[Recording]:
         self._refuse_reentrant()
-        session = Session(self.blocks, self.states, stop)
+        instead = None if self._checkpointing_functions() else self.instead_of_sdpa
+        session = Session(self.blocks, self.states, stop, instead)
         try:
             session.attach(self.model)
             yield session.recording

@@ -30,7 +30,9 @@ def use_cpu_attention(model: PreTrainedModel) -> str | None:
     """Let a model that runs on PyTorch's SDPA attend with bertkd's kernel wherever that can do it.
 
     Equivalent to `register` and ``model.set_attn_implementation("bertkd_cpu")``; ``set_attn_implementation("sdpa")``
-    undoes it. The name is in no checkpoint that the model writes.
+    undoes it. The name is in no checkpoint that the model writes, but in a pickle of it: call `register` in the process
+    that unpickles it, or undo it before. A Distiller does without this: it lends its models the kernel for the time of
+    its own forward.
 
     Args:
         model: a Hugging Face model, in place.
@@ -44,26 +46,25 @@ def use_cpu_attention(model: PreTrainedModel) -> str | None:
     """
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model must be a Hugging Face PreTrainedModel, got {type(model).__name__}")
-    now = model.config._attn_implementation
-    if now == NAME:
+    if model.config._attn_implementation == NAME:
         return None
+    if reason := why_not(model):
+        return reason
+    register()
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        return "transformers cannot change the attention implementation of this architecture"
+    return None
+
+
+def why_not(model: Any) -> str | None:
+    """Why a model cannot attend with bertkd's kernel in place of SDPA, or None if it can."""
+    now = model.config._attn_implementation
     if now != "sdpa":
         return f"its attention implementation is {now!r}, not 'sdpa'"
     if model.device.type != "cpu":
         return f"it is on {model.device}"
-    if reason := unavailable():
-        return reason
-    register()
-    model.set_attn_implementation(NAME)
-    return None
-
-
-def choose_attention(model: Any) -> None:
-    """bertkd's kernel for a model on a CPU that uses SDPA; SDPA again for one that has left the CPU."""
-    if model.config._attn_implementation == NAME and model.device.type != "cpu":
-        model.set_attn_implementation("sdpa")
-    else:
-        use_cpu_attention(model)
+    return unavailable()
 
 
 @functools.cache

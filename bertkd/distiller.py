@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bertkd import cpu_attention
 from bertkd.capture import Capture, Recording
-from bertkd.cpu_attention import choose_attention
+from bertkd.encoders import unwrap
 from bertkd.errors import NonFiniteError, unknown_name
 from bertkd.layer_maps import MapSpec
 from bertkd.objectives import Expression, Needs, Objective, StepContext, build_objective
@@ -20,6 +21,10 @@ from bertkd.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Columns of a batch that are read, or given to the models, as tensors.
+TENSORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "index")
 
 
 @dataclass
@@ -76,9 +81,10 @@ class Distiller(nn.Module):
             objective: text such as ``"att_kl + 0.5*hid_seq"``, or a preset's name.
             layer_map: the map of terms that name none, see `layer_maps`.
             impl: the implementation of terms that name none.
-            attention: ``"auto"`` lets models on a CPU that use SDPA attend with bertkd's kernel, as
-                `use_cpu_attention` says, unless ``impl`` asks for another implementation than the
-                native one; ``"keep"`` leaves both models' attention as it is.
+            attention: ``"auto"`` lets models on a CPU that use SDPA attend with bertkd's kernel (see
+                `use_cpu_attention`) while ``forward`` lasts, unless ``impl`` asks for another
+                implementation than the native one, or the model trains with gradient checkpointing;
+                ``"keep"`` runs both models with their own attention.
             num_examples: rows of the training set; for terms that keep a bank of them.
             seed: of projections, banks and random maps.
             teacher_tokenizer, student_tokenizer: compared id by id where both are given.
@@ -106,7 +112,6 @@ class Distiller(nn.Module):
         self._teacher[0].to(next(student.parameters()).device)
         wanted = requested("self_attention", impl) in ("auto", "native")
         self._chooses_attention = attention == "auto" and wanted
-        self._choose_attention()
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -141,7 +146,7 @@ class Distiller(nn.Module):
         needs = self.objective.needs()
         self._check_batch(batch, needs)
         teacher = self._record_teacher(batch, needs)
-        student = _record(
+        student = self._record(
             self.student, batch, needs.student_blocks, needs.student_states, needs.student_logits
         )
         step = StepContext(
@@ -211,7 +216,8 @@ class Distiller(nn.Module):
         Raises:
             ValueError: a size that is not positive, or a length without positions.
         """
-        return make_plan(self.teacher, self.student, self.objective, batch_size, length)
+        attention = self._attention_of(self.teacher), self._attention_of(self.student)
+        return make_plan(self.teacher, self.student, self.objective, batch_size, length, attention)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         """Move the teacher along with ``.to(device)``, but leave its dtype alone."""
@@ -219,13 +225,18 @@ class Distiller(nn.Module):
         device = next(self.student.parameters()).device
         if device.type != "meta":
             self._teacher[0].to(device)
-        self._choose_attention()
         return self
 
-    def _choose_attention(self) -> None:
-        if self._chooses_attention:
-            for model in (self.teacher, self.student):
-                choose_attention(model)
+    def _instead_of_sdpa(self, model: nn.Module) -> str | None:
+        """The attention implementation that a model is lent for a forward, or None if it keeps its own."""
+        if self._chooses_attention and cpu_attention.why_not(unwrap(model)) is None:
+            return cpu_attention.NAME
+        return None
+
+    def _attention_of(self, model: nn.Module) -> str:
+        """Hugging Face's name of the attention implementation that a model runs with here."""
+        config: Any = unwrap(model).config
+        return self._instead_of_sdpa(model) or config._attn_implementation or "eager"
 
     def _record_teacher(self, batch: Mapping[str, Any], needs: Needs) -> Recording:
         if not (needs.teacher_blocks or needs.teacher_states or needs.teacher_logits):
@@ -236,13 +247,29 @@ class Distiller(nn.Module):
         if next(self.teacher.parameters()).device != device:
             self._teacher[0].to(device)
         with torch.no_grad():
-            return _record(
+            return self._record(
                 self.teacher,
                 batch,
                 needs.teacher_blocks,
                 needs.teacher_states,
                 needs.teacher_logits,
             )
+
+    def _record(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        blocks: frozenset[int],
+        states: frozenset[int],
+        logits: bool,
+    ) -> Recording:
+        capture = Capture(
+            model,
+            blocks=sorted(blocks),
+            states=sorted(states),
+            instead_of_sdpa=self._instead_of_sdpa(model),
+        )
+        return capture(stop_early=not logits, **model_inputs(model, batch))
 
     def _check_batch(self, batch: Mapping[str, Any], needs: Needs) -> None:
         for column, needed in (
@@ -255,7 +282,21 @@ class Distiller(nn.Module):
                     f"the batch has no {column!r}, which {self.objective.expression} needs; it has "
                     f"{', '.join(map(repr, batch))}"
                 )
-        length = batch["input_ids"].shape[1]
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        for column, value in batch.items():
+            if column in TENSORS and value is not None and not isinstance(value, Tensor):
+                raise TypeError(
+                    f"batch[{column!r}] must be a tensor, got {type(value).__name__}; tokenize with "
+                    "return_tensors='pt'"
+                )
+        if ids.dim() != 2:
+            raise ValueError(f"batch['input_ids'] must be (B, L), got shape {tuple(ids.shape)}")
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(
+                f"batch['attention_mask'] must have the shape of input_ids, {tuple(ids.shape)}, got "
+                f"{tuple(mask.shape)}: the tokenizer's mask, 1 = real token"
+            )
+        length = ids.shape[1]
         for side in (self.objective.setup.student, self.objective.setup.teacher):
             most = side.spec.max_positions
             if most is not None and length > most:
@@ -263,17 +304,6 @@ class Distiller(nn.Module):
                     f"input_ids have {length} tokens, but the {side.role} has {most} positions; "
                     f"tokenize with truncation=True, max_length={most}"
                 )
-
-
-def _record(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    blocks: frozenset[int],
-    states: frozenset[int],
-    logits: bool,
-) -> Recording:
-    capture = Capture(model, blocks=sorted(blocks), states=sorted(states))
-    return capture(stop_early=not logits, **model_inputs(model, batch))
 
 
 def _logits(recording: Recording, role: str) -> Tensor:

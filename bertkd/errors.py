@@ -30,6 +30,6 @@ def unknown_name(kind: str, got: str, options: Iterable[str]) -> ValueError:
         A ``ValueError`` for the caller to raise.
     """
     names = sorted(options)
-    close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ValueError(f"unknown {kind} {got!r}.{hint} Known: {', '.join(names)}.")

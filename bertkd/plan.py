@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -80,7 +80,12 @@ class Plan:
 
 
 def make_plan(
-    teacher: nn.Module, student: nn.Module, objective: Objective, batch_size: int, length: int
+    teacher: nn.Module,
+    student: nn.Module,
+    objective: Objective,
+    batch_size: int,
+    length: int,
+    attention: tuple[str, str],
 ) -> Plan:
     """Count parameters and the bytes of each term.
 
@@ -89,6 +94,7 @@ def make_plan(
         objective: the objective built for them.
         batch_size: sequences per forward.
         length: tokens per sequence, padding included.
+        attention: names of the attention implementations that teacher and student run with.
 
     Raises:
         ValueError: a size that is not positive, or a length that a model has no positions for.
@@ -118,8 +124,8 @@ def make_plan(
         student_parameters=_count(student),
         teacher_parameters=_count(teacher),
         objective_parameters=_count(objective),
-        student_attention=_attention_of(student),
-        teacher_attention=_attention_of(teacher),
+        student_attention=attention[1],
+        teacher_attention=attention[0],
     )
 
 
@@ -130,11 +136,6 @@ def human_bytes(count: int) -> str:
         value, units = value / 1024, units[1:]
     whole = units[0] == "B" or value >= 100
     return f"{value:,.0f} {units[0]}" if whole else f"{value:.1f} {units[0]}"
-
-
-def _attention_of(model: Any) -> str:
-    """Hugging Face's name of a model's attention implementation."""
-    return model.config._attn_implementation or "eager"
 
 
 def _count(module: nn.Module) -> int:

@@ -1,6 +1,9 @@
 """Models that attend with bertkd's kernel: the same results as with SDPA, and SDPA wherever it must be."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,25 +202,73 @@ def test_it_is_in_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "chosen"),
+    ("options", "lent"),
     [
-        ({}, NAME),
-        ({"impl": "native"}, NAME),
-        ({"impl": "chunked"}, "sdpa"),
-        ({"impl": "eager"}, "sdpa"),
-        ({"attention": "keep"}, "sdpa"),
+        ({}, True),
+        ({"impl": "native"}, True),
+        ({"impl": "chunked"}, False),
+        ({"impl": "eager"}, False),
+        ({"attention": "keep"}, False),
     ],
 )
-def test_a_distiller_chooses_for_both_models(options, chosen, monkeypatch):
+def test_a_distiller_lends_it_to_both_models_for_a_forward(options, lent, monkeypatch, calls):
     monkeypatch.delenv("BERTKD_IMPL", raising=False)
-    teacher = tiny_model("bert")
+    teacher = tiny_model("bert", layers=2)
     student = bertkd.create_student(teacher, "first:1", verbose=False)
-    distiller = bertkd.Distiller(teacher, student, "att_kl", **options)
-    assert [m.config._attn_implementation for m in (teacher, student)] == [chosen] * 2
+    distiller = bertkd.Distiller(teacher, student, "att_kl + hid_seq", **options)
+    batch = tiny_batch(teacher, padding="right")
+    loss = distiller(batch).loss
+    loss.backward()
+    assert len(calls) == (3 if lent else 0)
+    # The models stay what they are, for pickles, exports and other processes.
+    assert [m.config._attn_implementation for m in (teacher, student)] == ["sdpa"] * 2
+    chosen = NAME if lent else "sdpa"
     assert str(distiller.plan(1, 8)).count(f", {chosen} attention") == 2
+    kept = bertkd.Distiller(teacher, student, "att_kl + hid_seq", attention="keep")
+    torch.testing.assert_close(loss, kept(batch).loss)
     # On another device SDPA has kernels of its own.
     distiller.to("meta")
-    assert student.config._attn_implementation == "sdpa"
+    assert ", sdpa attention" in str(distiller.plan(1, 8))
+
+
+def test_checkpointed_blocks_keep_sdpa_in_a_distiller(calls):
+    """They run again in the backward, when nothing is lent any more."""
+    teacher = tiny_model("bert", layers=2)
+    options = {"attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.0}
+    student = tiny_model("bert", layers=2, seed=1, **options).train()
+    batch = tiny_batch(teacher, padding="right")
+    distiller = bertkd.Distiller(teacher, student, "att_kl + hid_seq")
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        calls.clear()
+        torch.manual_seed(0)
+        student.zero_grad()
+        distiller(batch).loss.backward()
+        found.append(len(calls))
+    assert found == [4, 2]
+
+
+def test_a_pickled_distiller_runs_in_a_process_that_knows_nothing(tmp_path):
+    teacher, student = tiny_model("bert", layers=2), tiny_model("bert", seed=1)
+    batch = tiny_batch(teacher, padding="right")
+    distiller = bertkd.Distiller(teacher, student, "att_kl")
+    explicit = copy.deepcopy(distiller)
+    use_cpu_attention(explicit.student)
+    torch.save((distiller, explicit, student, batch), tmp_path / "d.pt")
+    program = f"""
+import torch
+distiller, explicit, student, batch = torch.load({str(tmp_path / "d.pt")!r}, weights_only=False)
+student(**batch)
+print(float(distiller(batch).loss.detach()), float(explicit(batch).loss.detach()))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    want = float(distiller(batch).loss.detach())
+    assert [float(x) for x in done.stdout.split()] == pytest.approx([want, want], rel=1e-5)
 
 
 def test_a_distiller_takes_no_other_attention():

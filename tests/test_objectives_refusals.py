@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny_models import tiny_batch, tiny_model
 from torch import nn
 
@@ -55,6 +56,9 @@ def refused(objective, match, *, error=ValueError, teacher=None, student=None, *
         ("att_kl(relation_heads='all')", "must be a whole number"),
         ("att_kl(min_prob=1e-7, impl='chunked')", "impl='eager' only"),
         ("att_kl(impl='chunked')@released", "impl='eager' only"),
+        ("att_kl(min_prob=2)", "min_prob must be a probability below 1, got 2"),
+        ("att_mse(min_score='x')", "min_score must be a number, got 'x'"),
+        ("att_mse(min_score=True)", "min_score must be a number, got True"),
         ("att_mse(min_score=-100, impl='chunked')", "impl='eager' only"),
         ("att_mse(impl='chunky')", "unknown impl 'chunky'.*Did you mean 'chunked'"),
         ("val_kl(scale='teacher')", "unknown scale"),
@@ -254,3 +258,39 @@ def test_every_option_of_every_term_is_known_by_name():
 def test_unread_weights_are_refused_with_the_place():
     message = refused("att_kl - hid_seq", "negative")
     assert message.splitlines()[2].strip() == "^"
+
+
+@pytest.mark.parametrize("head", ["ForPreTraining", "ForQuestionAnswering"])
+@pytest.mark.parametrize("objective", ["kd", "ce"])
+def test_heads_without_rows_of_classes(head, objective):
+    def model(seed):
+        torch.manual_seed(seed)
+        config = transformers.ElectraConfig(
+            vocab_size=200, hidden_size=32, embedding_size=16, num_hidden_layers=2,
+            num_attention_heads=4, intermediate_size=64,
+        )  # fmt: skip
+        return getattr(transformers, f"Electra{head}")(config)
+
+    refused(objective, "needs rows of logits over classes", teacher=model(0), student=model(1))
+
+
+def test_every_known_term_is_named_once():
+    names = refused("attkl", "unknown term").partition("Known: ")[2].partition(".")[0].split(", ")
+    assert len(names) == len(set(names)) > 10
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda b: {**b, "attention_mask": b["attention_mask"].tolist()}, TypeError, "must be a tensor, got list"),
+        (lambda b: {**b, "input_ids": b["input_ids"].numpy()}, TypeError, "must be a tensor, got ndarray"),
+        (lambda b: {**b, "attention_mask": b["attention_mask"][:, None, None]}, ValueError, "the shape of input_ids"),
+        (lambda b: {**b, "attention_mask": b["attention_mask"][:, 1:]}, ValueError, "the shape of input_ids"),
+        (lambda b: {"input_ids": b["input_ids"][0]}, ValueError, r"must be \(B, L\), got shape"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_is_not_the_tokenizers(change, error, match):
+    teacher = tiny_model("bert")
+    distiller = Distiller(teacher, tiny_model("bert", seed=1), "pool")
+    with pytest.raises(error, match=match):
+        distiller(change(tiny_batch(teacher, padding="right")))

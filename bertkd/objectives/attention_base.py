@@ -127,7 +127,8 @@ class RelationTerm(AttentionTerm):
         self.t_squared = flag("t_squared", t_squared)
         self.min_prob = min_prob
         if min_prob is not None:
-            positive("min_prob", min_prob)
+            if positive("min_prob", min_prob) >= 1:
+                raise ValueError(f"min_prob must be a probability below 1, got {min_prob!r}")
             self.need_eager("min_prob", heads.get("impl"))
 
     def relation(

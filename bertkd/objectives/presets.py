@@ -163,7 +163,7 @@ def expand(text: str, terms: tuple[str, ...]) -> Expression:
             continue
         preset = PRESETS.get(spec.kind)
         if preset is None:
-            names = (*terms, *(name for name in PRESETS if name.isidentifier()))
+            names = {*terms, *(name for name in PRESETS if name.isidentifier())}
             message = str(unknown_name("term", spec.kind, names))
             raise syntax_error(message, spec.text, spec.position)
         if spec.options:

@@ -17,6 +17,8 @@ _HEADS = {
     "ForTokenClassification": "token",
     "ForMaskedLM": "mlm",
 }
+# Their output has no .logits, or logits that are no rows of classes (ELECTRA's discriminator: one a token).
+_FOREIGN = ("ForPreTraining", "ForQuestionAnswering", "ForMultipleChoice")
 _PROBLEMS = {
     "regression": "regression",
     "multi_label_classification": "multi_label",
@@ -117,6 +119,8 @@ def _head(inner: Any) -> str:
     if base_model(inner) is inner:
         return "none"
     name = type(inner).__name__
+    if name.endswith(_FOREIGN):
+        return "foreign"
     return next((kind for suffix, kind in _HEADS.items() if name.endswith(suffix)), "other")
 
 

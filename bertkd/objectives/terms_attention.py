@@ -36,6 +36,8 @@ class AttMSE(AttentionTerm):
         super().__init__(setup, **heads)
         self.min_score = min_score
         if min_score is not None:
+            if isinstance(min_score, bool) or not isinstance(min_score, (int, float)):
+                raise ValueError(f"min_score must be a number, got {min_score!r}")
             self.need_eager("min_score", heads.get("impl"))
 
     def forward(self, step: StepContext) -> Tensor:

@@ -45,6 +45,11 @@ def need_head(side: Side, term: str) -> None:
             f"{term} needs logits, but the {side.role} is a bare encoder; load it with a head, e.g. "
             f"AutoModelForSequenceClassification or AutoModelForMaskedLM, or leave {term} out"
         )
+    if side.head == "foreign":
+        raise ValueError(
+            f"{term} needs rows of logits over classes, which the {side.role}'s head does not give; use a head for "
+            f"sequences, tokens or masked language modelling, or leave {term} out"
+        )
 
 
 @register_term
