@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -28,10 +29,23 @@ COMPILING = (
 )
 
 
+def check_setuptools(version: str) -> None:
+    """Say what is wrong where setuptools would only quote its schema: it must read ``license = "Apache-2.0"``.
+
+    Raises:
+        SystemExit: it is too old. pip brings one of its own; ``python setup.py`` and ``--no-build-isolation`` do not.
+    """
+    if int(version.split(".")[0]) < 77:
+        raise SystemExit(
+            f"bertkd: setuptools {version} is too old to build this package, 77 is needed: pip install -U setuptools"
+        )
+
+
 def setup_arguments(arguments: list[str]) -> dict:
     """What setup.py adds to pyproject.toml, for the commands in ``arguments``."""
     if not any(argument in COMPILING for argument in arguments):
         return {}
+    check_setuptools(setuptools.__version__)
     plan = make_plan(ROOT)
     print(plan.sentence(), file=sys.stderr)
 

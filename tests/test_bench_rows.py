@@ -81,6 +81,14 @@ def test_a_new_measurement_replaces_all_metrics_of_the_old_one():
     ]
 
 
+def test_a_case_that_failed_as_a_whole_is_forgotten_once_it_is_measured():
+    failed = replace(MAIN, impl="*", mode="", p50=None, status="oom")
+    other = replace(failed, length=4096)
+    assert merge([failed, other], [MAIN]) == [other, MAIN]
+    # It takes nothing away of what was measured before.
+    assert merge([MAIN], [failed]) == [MAIN, failed]
+
+
 def test_spread_and_ratios():
     assert spread([3.0]) == (3.0, 3.0, 3.0)
     assert spread([float(n) for n in range(11)]) == (2.0, 5.0, 8.0)
@@ -135,6 +143,7 @@ def test_selection():
         ("L=127", "unknown L in select '127'"),
         ("L=128,L=512", "says L twice"),
         ("mode=backward", "unknown mode in select 'backward'"),
+        (" , ", "names nothing"),
     ],
 )
 def test_selection_refuses_what_is_not_there(text, message):

@@ -216,7 +216,8 @@ def test_replays_visit_everybody_twice_and_live_one_at_a_time():
 
 def test_inputs_rotate_through_more_than_the_cache():
     assert input_sets(10 * 2**20, 50 * 2**20) * 10 > 100
-    assert (input_sets(2**40, 2**20), input_sets(1, 2**30)) == (2, 16)
+    assert input_sets(3 * 2**20, 50 * 2**20) * 3 > 100
+    assert (input_sets(2**40, 2**20), input_sets(1, 2**30)) == (2, 64)
 
 
 def test_bound_is_the_slowest_resource():

@@ -298,6 +298,16 @@ def test_what_was_asked_for_and_cannot_be_built_is_an_error(variables, said, mon
 
 
 @linux
+def test_a_setuptools_that_cannot_read_the_project_is_named():
+    from build_support.commands import check_setuptools
+
+    check_setuptools("77.0.3")
+    with pytest.raises(
+        SystemExit, match=r"setuptools 75.8.0 is too old.*pip install -U setuptools"
+    ):
+        check_setuptools("75.8.0")
+
+
 def test_what_was_not_asked_for_is_left_out_with_a_reason(monkeypatch):
     needs_compiler()
     found = make_plan(monkeypatch, CUDA_HOME="/nowhere")

@@ -6,6 +6,10 @@ import warnings
 
 import pytest
 import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("tqdm")
+
 from accelerate.state import AcceleratorState
 from training_fakes import FakeDistiller, collate, examples, same_state
 

@@ -64,6 +64,8 @@ def _over_length(rows: Sequence[Row], path: Path) -> Path | None:
     if len(lengths) < 2:
         return None
     kept = [r for r in sweep if r.batch * r.length * r.heads == tokens and r.p50 is not None]
+    if not kept:
+        return None
     figure, axes = _panels(2)
     for axis, metric, label in zip(axes, ("time", "memory"), ("ms", "MiB"), strict=True):
         for impl in _present(kept, metric):

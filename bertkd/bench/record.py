@@ -26,8 +26,8 @@ SHAPE_COLUMNS = (
 GROUP_COLUMNS = ("kind", "op", "impl", *SHAPE_COLUMNS, "dtype", "padding", "mode", "device")
 
 # ok: measured. unavailable: not installed, or cannot run this case. red: verified and found wrong, so never timed.
-# oom: out of memory. left-out: no time left. error: it raised.
-STATUSES = ("ok", "unavailable", "red", "oom", "left-out", "error")
+# oom: out of memory. error: it raised.
+STATUSES = ("ok", "unavailable", "red", "oom", "error")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Row:
         mode: "fwd", "fwd_bwd" or "step".
         metric: "time", "speedup", "memory", "roofline", "throughput", "largest_batch", "rate".
         p20, p50, p80: percentiles over the rounds; None without a measurement.
-        unit: "ms", "x", "MiB", "share", "tokens/s", "sequences", "B/s", "flop/s", "exp/s".
+        unit: "ms", "x", "MiB", "share", "tokens/s", "sequences", "bytes/s", "flops/s", "exps/s".
         against: what a "speedup" is relative to, or the resource that binds a "roofline".
         rounds: timed rounds.
         error: largest relative error against float64 when it was verified.
@@ -89,6 +89,11 @@ class Row:
         return tuple(str(getattr(self, name)) for name in GROUP_COLUMNS)
 
     @property
+    def case(self) -> tuple[str, ...]:
+        """The case it belongs to, whoever took part."""
+        return tuple(str(getattr(self, n)) for n in GROUP_COLUMNS if n not in ("impl", "mode"))
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape columns."""
         return tuple(getattr(self, name) for name in SHAPE_COLUMNS)
@@ -127,10 +132,20 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """All rows; a new measurement of a contestant in a case and mode takes the place of all old rows of it."""
+    """All rows; a new measurement of a contestant in a case and mode takes the place of all old rows of it.
+
+    A case that failed as a whole has one row, of contestant "*": it goes with the case's next measurement, and comes
+    without taking away what was measured before.
+    """
     fresh = list(new)
     replaced = {row.group for row in fresh}
-    return [*(row for row in old if row.group not in replaced), *fresh]
+    cases = {row.case for row in fresh}
+    kept = (
+        row
+        for row in old
+        if row.group not in replaced and not (row.impl == "*" and row.case in cases)
+    )
+    return [*kept, *fresh]
 
 
 def _row(cells: dict[str, str]) -> Row:

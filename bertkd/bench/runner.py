@@ -113,6 +113,7 @@ def run(job: Job, say: Callable[[str], object] = print, *, apart: bool = False) 
     say(
         f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}; {len(job.cases)} cases"
     )
+    write_json(folder / ENVIRONMENT, facts)
     started = time.perf_counter()
     for number, case in enumerate(job.cases, 1):
         spent = (time.perf_counter() - started) / 60
@@ -123,7 +124,6 @@ def run(job: Job, say: Callable[[str], object] = print, *, apart: bool = False) 
         rows += (measured_apart if apart and job.device.type == "cpu" else measured)(case, settings)
         # After every case, so that a killed run loses one case only.
         write_rows(path, merge(before, [*rows, *ceiling_rows(ceilings, stamp)]))
-        release_memory()
     facts["left_out"] = left_out
     facts["minutes"] = round((time.perf_counter() - started) / 60, 2)
     facts["clocks_after"] = environment.clocks() if job.device.type == "cuda" else ""
@@ -175,6 +175,7 @@ def settings_of(job: Job, stamp: dict[str, Any], ceilings: MeasuredCeilings) -> 
 def measured(case: Case, settings: Settings) -> Iterator[Row]:
     """Rows of any case; one that fails as a whole gives one row that says why."""
     try:
+        release_memory()
         if case.processes:
             yield from run_ddp(case, settings)
         elif case.op in PAIRS:

@@ -58,6 +58,8 @@ def parse_selection(text: str | None, known: Mapping[str, Collection[str]]) -> S
     Raises:
         ValueError: an unknown field, or a value that nothing has, with the nearest one that exists.
     """
+    if text is not None and text.strip() and not text.strip(" ,"):
+        raise ValueError(f"select={text!r} names nothing; leave it out to take everything.")
     allowed: dict[str, tuple[str, ...]] = {}
     for part in filter(None, (part.strip() for part in (text or "").split(","))):
         name, equals, value = (word.strip() for word in part.partition("="))

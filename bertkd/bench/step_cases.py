@@ -122,9 +122,10 @@ class Trainer:
 
     def __call__(self) -> None:
         for batch in self.batches:
-            self.optimizer.zero_grad(set_to_none=True)
             self.loss(batch).backward()
             self.optimizer.step()
+            # Behind the step and not before it: a baseline of memory must not hold the last one's gradients.
+            self.optimizer.zero_grad(set_to_none=True)
 
     def probe(self, cut: int | None = None) -> list[Tensor]:
         """Loss of the first batch and the gradients that it gives, flattened into one vector.

@@ -101,13 +101,15 @@ def _measure(case, trainers, errors, row, settings) -> Iterator[Row]:
     for impl, trainer in trainers.items():
         if not settings.selection.allows("impl", impl):
             continue
-        seconds = times[impl]
+        # Where lengths differ a call makes a step with each of several batches.
+        steps = len(trainer.batches)
+        seconds = [s / steps for s in times[impl]]
         common = partial(row, impl=impl, rounds=len(seconds), error=errors.get(impl))
         yield common(metric="time", unit="ms", **spread([s * 1e3 for s in seconds])._asdict())
-        per_second = spread([trainer.tokens / s for s in seconds])
+        per_second = spread([trainer.tokens / steps / s for s in seconds])
         yield common(metric="throughput", unit="tokens/s", **per_second._asdict())
         if impl != BASELINE and BASELINE in times:
-            gain = spread(ratios(times[BASELINE], seconds))
+            gain = spread(ratios(times[BASELINE], times[impl]))
             yield common(metric="speedup", unit="x", against=BASELINE, **gain._asdict())
     names = [impl for impl in trainers if settings.selection.allows("impl", impl)]
     if settings.weigh and on_cuda:

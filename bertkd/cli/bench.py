@@ -20,7 +20,7 @@ class Config:
 
     Attributes:
         select: Conditions that must all hold, FIELD=VALUE|VALUE with * and ?, comma-separated; the fields are
-            kind, op, impl, mode, dtype, padding, B, H, L, D, N, V, n. A bare word is an op or a kind. Default: all.
+            kind, op, impl, mode, dtype, padding, B, H, L, D, N, V, n, P. A bare word is an op or a kind. Default: all.
         device: "cpu" or "cuda". Default: the GPU if there is one.
         output_dir: Folder of the results. Default: benchmarks/results/DEVICE in a checkout, else bench/DEVICE.
         rounds: Timed rounds of a case; fewer where they take longer than `seconds`, but at least 3.

@@ -59,6 +59,13 @@ def linear_kl_rows(
     return out
 
 
+def _kept(row_weight: Tensor) -> Tensor:
+    """Numbers of the rows that count; of all rows while a CUDA graph is captured, which cannot wait for a count."""
+    if row_weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.arange(row_weight.shape[0], device=row_weight.device)
+    return row_weight.nonzero().squeeze(-1)
+
+
 def linear_kl_fwd_bwd(
     row_weight: Tensor,
     h_s: Tensor,
@@ -76,7 +83,7 @@ def linear_kl_fwd_bwd(
     decoders = _Decoders(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature)
     dtype = decoders.dtype
     weight_s = decoders.sides[0][1]
-    kept = row_weight.nonzero().squeeze(-1)
+    kept = _kept(row_weight)
     loss = torch.zeros((), dtype=dtype, device=h_s.device)
     grad_h = torch.zeros_like(h_s)
     grad_w = torch.zeros_like(w_s, dtype=dtype)

@@ -1,0 +1,30 @@
+"""What the figures of a training step mean: memory beyond weights and optimiser state, time of one step."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from bertkd.bench import op_cases, step_runs
+from bertkd.bench.contestants import IMPLS
+from bertkd.bench.selection import Selection
+from bertkd.bench.step_cases import Trainer, step_case
+
+
+def test_no_gradients_of_the_last_step_are_in_the_baseline_of_memory():
+    trainer = Trainer(step_case("tiny", 2, 16), "eager", torch.device("cpu"))
+    trainer()
+    assert trainer.optimizer.state
+    assert all(p.grad is None for p in trainer.student.parameters())
+
+
+def test_where_lengths_differ_the_time_is_that_of_one_step():
+    case = step_case("tiny", 4, 32, padding="glue")
+    settings = op_cases.Settings(
+        torch.device("cpu"), Selection({"impl": ("eager",)}), IMPLS, 3, 5.0, weigh=False
+    )
+    rows = {row.metric: row for row in step_runs.run_step(case, settings)}
+    trainer = Trainer(case, "eager", torch.device("cpu"))
+    assert len(trainer.batches) == 4
+    tokens_a_step = rows["throughput"].p50 * rows["time"].p50 / 1e3
+    assert tokens_a_step == pytest.approx(trainer.tokens / 4, rel=0.01)
