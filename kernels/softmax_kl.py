@@ -85,14 +85,28 @@ def softmax_kl_block_kernel(
 
 
 @triton.jit
-def _widest(x):
-    """Largest of every thread's numbers in (WRAPS, LANES, VEC)."""
-    return tl.max(tl.max(x, 2), 0)
+def _block(
+    z, bias, start, lanes, classes, WRAPS: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr
+):
+    """WRAPS tiles of logits, each a vector for every thread.
+
+    A tuple, since a third dimension invites a compiler to spread the wraps over the threads (Triton 3.6 does).
+    """
+    x = ()  # type: ignore[var-annotated]
+    for i in tl.static_range(WRAPS):
+        at = start + i * STEP + lanes
+        # Triton knows sums of tuples, and no unpacking.
+        x = x + (_logits(z, bias, at, (at < classes) if EDGE else None),)  # type: ignore # noqa: RUF005
+    return x
 
 
 @triton.jit
-def _total(x):
-    return tl.sum(tl.sum(x, 2), 0)
+def _widest(x):
+    """Largest of every thread's numbers."""
+    most = tl.max(x[0], 1)
+    for i in tl.static_range(1, len(x)):
+        most = tl.maximum(most, tl.max(x[i], 1))
+    return most
 
 
 @triton.jit
@@ -100,10 +114,13 @@ def _step(s, t, m_s, m_t, l_s, l_t, total, scale):
     """Take a block of logits into the maxima and sums that every thread keeps for what it has read itself."""
     new_s, new_t = tl.maximum(m_s, _widest(s)), tl.maximum(m_t, _widest(t))
     total, l_s, l_t = _move(m_s, m_t, new_s, new_t, l_s, l_t, total, scale)
-    a_s, a_t = s - new_s[None, :, None], t - new_t[None, :, None]
-    e_t = tl.exp2(a_t * scale)
-    l_s += _total(tl.exp2(a_s * scale))
-    return new_s, new_t, l_s, l_t + _total(e_t), total + _total(_terms(e_t, a_t, a_s))
+    for i in tl.static_range(len(s)):
+        a_s, a_t = s[i] - new_s[:, None], t[i] - new_t[:, None]
+        e_t = tl.exp2(a_t * scale)
+        l_s += tl.sum(tl.exp2(a_s * scale), 1)
+        l_t += tl.sum(e_t, 1)
+        total += tl.sum(_terms(e_t, a_t, a_s), 1)
+    return new_s, new_t, l_s, l_t, total
 
 
 @triton.jit
@@ -150,17 +167,16 @@ def softmax_kl_loop_kernel(
     z_t += row * multiple(row_t, ALIGN)
     w = weights_of(row_weight, stride_w, row, n_rows)
     scale = inverse_t * 1.4426950408889634
-    COLS: tl.constexpr = WRAPS * LANES * VEC
-    wraps, threads = tl.arange(0, WRAPS)[:, None, None], tl.arange(0, LANES)[None, :, None]
-    lanes = (wraps * LANES + threads) * VEC + tl.arange(0, VEC)[None, None, :]
+    STEP: tl.constexpr = LANES * VEC
+    COLS: tl.constexpr = WRAPS * STEP
+    lanes = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     full = classes // COLS * COLS
-    tail = full + lanes
     if w == 0.0:
         tl.store(out + row, 0.0)
         if grad is not None:
             to_g = grad + row * multiple(row_g, ALIGN)
-            nothing = tl.zeros((WRAPS, LANES, VEC), grad.dtype.element_ty)
-            for start in range(0, classes, COLS):
+            nothing = tl.zeros((LANES, VEC), grad.dtype.element_ty)
+            for start in range(0, classes, STEP):
                 tl.store(to_g + start + lanes, nothing, mask=start + lanes < classes)
     else:
         m_s = tl.full((LANES,), LOW, tl.float32)
@@ -169,12 +185,12 @@ def softmax_kl_loop_kernel(
         l_t = tl.zeros((LANES,), tl.float32)
         total = tl.zeros((LANES,), tl.float32)
         for start in range(0, full, COLS):
-            s = _logits(z_s, bias_s, start + lanes, None)
-            t = _logits(z_t, bias_t, start + lanes, None)
+            s = _block(z_s, bias_s, start, lanes, classes, WRAPS, STEP, False)
+            t = _block(z_t, bias_t, start, lanes, classes, WRAPS, STEP, False)
             m_s, m_t, l_s, l_t, total = _step(s, t, m_s, m_t, l_s, l_t, total, scale)
         if full < classes:
-            s = _logits(z_s, bias_s, tail, tail < classes)
-            t = _logits(z_t, bias_t, tail, tail < classes)
+            s = _block(z_s, bias_s, full, lanes, classes, WRAPS, STEP, True)
+            t = _block(z_t, bias_t, full, lanes, classes, WRAPS, STEP, True)
             m_s, m_t, l_s, l_t, total = _step(s, t, m_s, m_t, l_s, l_t, total, scale)
         top_s, top_t = tl.max(m_s, 0), tl.max(m_t, 0)
         total, l_s, l_t = _move(m_s, m_t, top_s, top_t, l_s, l_t, total, scale)
@@ -186,12 +202,15 @@ def softmax_kl_loop_kernel(
             to_g = grad + row * multiple(row_g, ALIGN)
             kind = grad.dtype.element_ty
             for start in range(0, full, COLS):
-                s = _logits(z_s, bias_s, start + lanes, None)
-                t = _logits(z_t, bias_t, start + lanes, None)
-                d = _difference(s, t, top_s, top_t, ratio, factor, scale)
-                tl.store(to_g + start + lanes, d.to(kind))
+                s = _block(z_s, bias_s, start, lanes, classes, WRAPS, STEP, False)
+                t = _block(z_t, bias_t, start, lanes, classes, WRAPS, STEP, False)
+                for i in tl.static_range(WRAPS):
+                    d = _difference(s[i], t[i], top_s, top_t, ratio, factor, scale)
+                    tl.store(to_g + start + i * STEP + lanes, d.to(kind))
             if full < classes:
-                s = _logits(z_s, bias_s, tail, tail < classes)
-                t = _logits(z_t, bias_t, tail, tail < classes)
-                d = _difference(s, t, top_s, top_t, ratio, factor, scale)
-                tl.store(to_g + tail, d.to(kind), mask=tail < classes)
+                s = _block(z_s, bias_s, full, lanes, classes, WRAPS, STEP, True)
+                t = _block(z_t, bias_t, full, lanes, classes, WRAPS, STEP, True)
+                for i in tl.static_range(WRAPS):
+                    d = _difference(s[i], t[i], top_s, top_t, ratio, factor, scale)
+                    at = full + i * STEP + lanes
+                    tl.store(to_g + at, d.to(kind), mask=at < classes)

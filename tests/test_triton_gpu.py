@@ -150,6 +150,21 @@ def test_linear_kl_is_captured_after_a_warm_up_on_fewer_rows():
         assert relative(got, same) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_gradients_get_the_factor_that_comes_down_the_graph(factor, dtype, monkeypatch):
+    """In place where the graph is freed, by a kernel of ours; not where it is kept, by PyTorch's."""
+    monkeypatch.setattr(dispatch, "PROVEN_GPUS", {torch.cuda.get_device_name()})
+    student = [x.requires_grad_() for x in on_gpu(qkv(2, 4, 100, 64, seed=0, dtype=dtype))]
+    teacher = on_gpu(qkv(2, 4, 100, 64, seed=1, dtype=dtype))
+    loss = functional.attention_kl(*student, *teacher, impl="triton", reduction="sum") * factor
+    kept = torch.autograd.grad(loss, student, retain_graph=True)
+    freed = torch.autograd.grad(loss, student)
+    for once, again in zip(kept, freed, strict=True):
+        assert torch.equal(once, again)
+        assert once.norm() > 0
+
+
 @pytest.mark.parametrize("name", sorted(ATTENTION))
 def test_compiled_without_graph_breaks(name):
     student = on_gpu(qkv(2, 4, 80, 64, seed=0, dtype=torch.bfloat16))
@@ -189,7 +204,8 @@ def test_nothing_waits_for_the_device():
     assert all(torch.isfinite(x).all() for values in results.values() for x in values)
 
 
-def test_auto_takes_triton_after_its_check():
+def test_auto_takes_triton_after_its_check(monkeypatch):
+    monkeypatch.setattr(dispatch, "PROVEN_GPUS", frozenset())
     tensors = on_gpu(qkv(2, 4, 200, 64, seed=0, dtype=torch.bfloat16)) * 2
     assert "triton (the fastest on cuda)" in bertkd.explain("attention_kl", *tensors)
     assert dispatch.resolve("relation_kl", "auto", tensors).impl == "triton"

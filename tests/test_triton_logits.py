@@ -200,10 +200,10 @@ BROKEN = {
     "student's sum not rescaled": ("l_s * tl.exp2((m_s - new_s) * scale), ", "l_s, "),
     "origin of the sum not moved": ("((m_t - new_t) - (m_s - new_s)) * l_t", "0.0 * l_t"),
     "tail of a row left out of the sums": (
-        "        if full < classes:\n            s = _logits(z_s, bias_s, tail, tail < classes)\n"
-        "            t = _logits(z_t, bias_t, tail, tail < classes)\n            m_s",
-        "        if full < 0:\n            s = _logits(z_s, bias_s, tail, tail < classes)\n"
-        "            t = _logits(z_t, bias_t, tail, tail < classes)\n            m_s",
+        "        if full < classes:\n            s = _block(z_s, bias_s, full, lanes, classes, WRAPS, STEP, True)\n"
+        "            t = _block(z_t, bias_t, full, lanes, classes, WRAPS, STEP, True)\n            m_s",
+        "        if full < 0:\n            s = _block(z_s, bias_s, full, lanes, classes, WRAPS, STEP, True)\n"
+        "            t = _block(z_t, bias_t, full, lanes, classes, WRAPS, STEP, True)\n            m_s",
     ),
     "pads of the tail counted": ("x = tl.where(mask, x, LOW)", "x = x"),
     "gradient without the temperature": ("tl.div_rn(w * inverse_t, sum_t)", "tl.div_rn(w, sum_t)"),

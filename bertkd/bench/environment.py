@@ -83,10 +83,13 @@ def clocks() -> str:
 
 
 def commit() -> str:
-    """Short commit of the checkout this package runs from, "+" behind it if changed; "" elsewhere."""
+    """Short commit of the checkout this package runs from, "+" behind it if changed.
+
+    Elsewhere what ``BERTKD_COMMIT`` says, for copies of a checkout on machines without git; or "".
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return ""
+        return os.environ.get("BERTKD_COMMIT", "")
     git = ["git", "-C", str(root)]
     found = _output([*git, "rev-parse", "--short=10", "HEAD"]).strip()
     # Results are written by the run itself and change nothing of what is measured.

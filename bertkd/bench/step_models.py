@@ -112,6 +112,8 @@ def networks(name: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
     config.initializer_range = config.hidden_size**-0.5
     torch.manual_seed(0)
     options = {"add_pooling_layer": False} if "ModernBert" not in pair.model else {}
-    teacher: Any = getattr(transformers, pair.model)._from_config(config, **options)
+    # Where they will live: a GPU draws the hundreds of millions of weights in no time.
+    with device:
+        teacher: Any = getattr(transformers, pair.model)._from_config(config, **options)
     student: Any = bertkd.create_student(teacher, pair.layers, verbose=False)
     return teacher.to(device).eval(), student.to(device).train()

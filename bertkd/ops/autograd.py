@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bertkd.ops.dispatch import is_proven
 from bertkd.ops.rows import weighted
 from bertkd.ops.schema import OPS
 
@@ -40,6 +41,11 @@ def _flatten(args: Sequence[Arg]) -> tuple[list[Any], tuple[int, ...]]:
 
 def _scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     """``grad * factor`` rounded once: a loss scale of 65536 does not fit in float16."""
+    if in_place and grad.is_cuda and is_proven(grad.device):
+        from bertkd.ops.triton.scale import can_scale, scale_
+
+        if can_scale(grad, factor):
+            return scale_(grad, factor)
     if grad.dtype in (torch.float16, torch.bfloat16):
         return (grad.float() * factor).to(grad.dtype)
     return grad.mul_(factor) if in_place else grad * factor
@@ -172,9 +178,18 @@ def sum_loss(
     ):
         # In the weights it costs no pass over the gradients, and these are rounded once. Float16 has no
         # room for the gradients of a mean: there they are divided in float32, together with the loss scale.
-        row_weight, divisor = row_weight / divisor, None
+        row_weight, divisor = _divided(row_weight, divisor), None
     loss = _sum_loss(op, impl, row_weight, flat, groups, wrt)
     return loss if divisor is None else loss / divisor
+
+
+def _divided(weight: Tensor, divisor: Tensor) -> Tensor:
+    """``weight / divisor``, still expanded where ``weight`` was: who reads it looks at one head for all."""
+    once = weight
+    for dim, (size, stride) in enumerate(zip(weight.shape, weight.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            once = once.narrow(dim, 0, 1)
+    return (once / divisor).expand(weight.shape)
 
 
 def _sum_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:

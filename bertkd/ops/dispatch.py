@@ -111,9 +111,14 @@ def resolve(op: str, impl: str, tensors: Sequence[Tensor]) -> Choice:
     return Choice("chunked", f"the portable default; {preferred} is out: {reason}")
 
 
+def is_proven(device: torch.device) -> bool:
+    """Whether Triton is there and this model of GPU is one of ``PROVEN_GPUS``."""
+    return torch.cuda.get_device_name(device) in PROVEN_GPUS and unavailable("triton") is None
+
+
 def _unproven(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why a Triton kernel may not run unasked on this GPU: unmeasured there, and not yet seen to be right."""
-    if torch.cuda.get_device_name(tensors[0].device) in PROVEN_GPUS:
+    if is_proven(tensors[0].device):
         return None
     from bertkd.ops.verify import disagreement
 

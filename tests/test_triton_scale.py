@@ -1,0 +1,52 @@
+"""The kernel that multiplies a gradient in place, in the interpreter or on a GPU."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bertkd.ops.triton.scale import BLOCK, can_scale, scale_
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter reads and writes bfloat16 rightly, and multiplies in float32.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (7, 3), (2, 3, 40, 16), (BLOCK + 5,)])
+def test_multiplies_in_float32_and_rounds_once(shape, dtype):
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    factor = torch.tensor(1 / 3, device=DEVICE)
+    want = (x.double() * factor.double()).to(dtype)
+    assert can_scale(x, factor)
+    assert scale_(x, factor) is x
+    torch.testing.assert_close(x, want, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_any_order_of_the_dimensions():
+    x = torch.randn(2, 5, 3, 8, device=DEVICE).transpose(1, 2)
+    want = x * 2.5
+    factor = torch.tensor(2.5, device=DEVICE)
+    assert can_scale(x, factor)
+    assert torch.equal(scale_(x, factor), want)
+
+
+def test_one_leaves_every_bit_and_nan_spreads():
+    x = torch.tensor([1.0, -0.0, math.inf, 1e-40], device=DEVICE)
+    bits = x.view(torch.int32).clone()
+    scale_(x, torch.tensor(1.0, device=DEVICE))
+    assert torch.equal(x.view(torch.int32), bits)
+    assert scale_(x, torch.tensor(math.nan, device=DEVICE)).isnan().all()
+
+
+def test_gaps_other_dtypes_and_empty_tensors_are_left_to_pytorch():
+    factor = torch.tensor(2.0, device=DEVICE)
+    assert not can_scale(torch.zeros(4, 6, device=DEVICE)[:, :5], factor)
+    assert not can_scale(torch.zeros(1, device=DEVICE).expand(4), factor)
+    assert not can_scale(torch.zeros(3, device=DEVICE, dtype=torch.float64), factor)
+    assert not can_scale(torch.zeros(0, device=DEVICE), factor)
+    assert not can_scale(torch.zeros(3, device=DEVICE), torch.ones(2, device=DEVICE))
