@@ -18,6 +18,8 @@ def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
     """
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        scaled = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32) * by
-        tl.store(x + at, scaled.to(x.dtype.element_ty), mask=at < count)
+        # Few programs, each with several blocks: where nothing is to be done, they are all that it costs.
+        for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            scaled = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32) * by
+            tl.store(x + at, scaled.to(x.dtype.element_ty), mask=at < count)

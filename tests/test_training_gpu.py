@@ -11,8 +11,10 @@ pytest.importorskip("accelerate")
 pytest.importorskip("tqdm")
 
 from accelerate.state import AcceleratorState
-from training_fakes import FakeDistiller, collate, examples, same_state
+from tiny_models import tiny_model
+from training_fakes import VOCAB, FakeDistiller, collate, examples, same_state
 
+from bertkd import Distiller, create_student
 from bertkd.errors import NonFiniteError
 from bertkd.training import Stage, checkpoint, train
 
@@ -82,3 +84,40 @@ def test_a_non_finite_loss_is_noticed_before_a_checkpoint_and_dated(tmp_path):
     with pytest.raises(NonFiniteError, match=r"step 3: .*loss.*\(noticed at step 5\)"):
         run(tmp_path, Breaking(), log_every=1000, save_every=5)
     assert not checkpoint.checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_distiller_trains_on_the_kernels_and_resumes_bitwise(tmp_path, precision):
+    """The thing itself: captured heads, fused losses of several ops, autocast, and a checkpoint in between."""
+
+    def distiller():
+        sizes = {"hidden": 64, "heads": 4, "vocab_size": VOCAB}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            teacher = tiny_model("bert", layers=4, **sizes)
+        student = create_student(teacher, "uniform:2", hidden_size=32, num_heads=4, verbose=False)
+        return Distiller(
+            teacher, student, "att_kl + qkv_kl(relation_heads=4) + hid_seq", impl="triton"
+        )
+
+    def unlabelled(batch):
+        return {k: v for k, v in collate(batch).items() if k != "labels"}
+
+    def train_it(module, **options):
+        stage = Stage(
+            objective="x", steps=12, lr=1e-3, batch_size=8, save_every=5, keep_last=9, log_every=2,
+            precision=precision,
+        )  # fmt: skip
+        return train(
+            module, stage, examples(), output_dir=tmp_path, collate=unlabelled, log_with=None,
+            progress=False, **options,
+        )  # fmt: skip
+
+    straight, again = distiller(), distiller()
+    result = train_it(straight)
+    assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
+    assert next(straight.teacher.parameters()).is_cuda
+    for step in (10, 12):
+        (tmp_path / f"checkpoint-{step}" / "run.json").unlink()
+    train_it(again, resume="last-good")
+    assert same_state(straight, again)

@@ -126,8 +126,9 @@ def test_many_positions_are_split_between_programs(monkeypatch, poisoned):
     assert compare(student, teacher, ragged_mask(1, 300, seed=5).bool()) <= 0
 
 
-def test_public_loss_runs_on_it():
+def test_public_loss_runs_on_it(monkeypatch):
     student, teacher = qkv(2, 1, 20, 4, seed=0), qkv(2, 1, 20, 4, seed=1)
+    monkeypatch.setattr(attention_mse, "GRAM_LENGTH", 2)
     assert attention_mse.gram_pays(20, 4, 4)
     mask = ragged_mask(2, 20, seed=0)
     for reduction in ("mean", "none"):

@@ -25,7 +25,7 @@ def use(monkeypatch):
     def choose(form):
         monkeypatch.setattr(launcher, "BLOCK_CLASSES", 0 if form == "loop" else 1 << 20)
         # Blocks of 512 logits, so that small rows have several, and an edge.
-        monkeypatch.setattr(launcher, "LOOP_WARPS", 1)
+        monkeypatch.setattr(launcher, "LOOP_WARPS", {2: 1, 4: 1})
         monkeypatch.setattr(launcher, "LOOP_COLS", 512)
 
     return choose

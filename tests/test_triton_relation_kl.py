@@ -319,9 +319,10 @@ def test_a_broken_kernel_is_noticed(mutation, monkeypatch, tmp_path):
 
 
 SHORT_MUTATIONS = {
-    "pads let through": ("short", "tl.where(keep, 0.0, LOW), key_end", "tl.where(keep, 0.0, 0.0), key_end"),
-    "last key forgotten": ("short", "tl.max(tl.where(keep, at + 1, 0), 0)", "tl.max(tl.where(keep, at, 0), 0)"),
-    "last row forgotten": ("short", "tl.max(tl.where(w != 0, at + 1, 0), 0)", "tl.max(tl.where(w != 0, at, 0), 0)"),
+    "pads let through": ("short", "HAS_MASK), 0.0, LOW)", "HAS_MASK), 0.0, 0.0)"),
+    "last key forgotten": ("short", "return key_end, tl.where", "return key_end - 1, tl.where"),
+    "last row forgotten": ("short", "tl.load(extents + ROW_END), 0)", "tl.load(extents + ROW_END) - 1, 0)"),
+    "a head visited by nobody": ("short", "tl.minimum(first + each, total)", "tl.minimum(first + each, total - 1)"),
     "loss unweighted": ("short", "tl.where(w != 0, w * kl, 0.0)", "kl"),
     "teacher not normalised": ("short", "p_t * ratio[:, None])", "p_t)"),
     "roles swapped": ("short", "dot(tl.trans(difference), x_s", "dot(difference, x_s"),

@@ -67,6 +67,11 @@ class FakeDistiller(nn.Module):
     def teacher(self) -> nn.Module:
         return self._teacher[0]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FakeDistiller:
+        super()._apply(fn, recurse)
+        self.teacher._apply(fn, recurse)
+        return self
+
     def forward(self, batch: Mapping[str, Tensor]) -> Output:
         inputs = batch["input_ids"], batch["attention_mask"]
         logits = self.student(*inputs)

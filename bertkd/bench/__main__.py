@@ -78,6 +78,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     "seconds": float,
     "budget_minutes": float,
     "memory": _boolean,
+    "largest_batch": _boolean,
     "plots": _boolean,
 }
 

@@ -120,6 +120,11 @@ def _cuda() -> list[Case]:
     cases += [
         attention("relation_kl", main[0], dtype, importance=3) for dtype in ("float16", "float32")
     ]
+    # Where the launches of whole heads meet: what "auto" should take for short sequences.
+    cases += [
+        attention("relation_kl", shape, bf16, importance=2)
+        for shape in ((512, 12, 64, 64), (1024, 12, 32, 64), (256, 12, 128, 32))
+    ]
     for op in ("self_relation_kl", "attention_mse"):
         cases += [attention(op, shape, bf16, importance=2) for shape in main]
     wide: dict[str, Any] = {"width_s": 768, "width_t": 768, "dtype": bf16}

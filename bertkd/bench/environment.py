@@ -83,13 +83,14 @@ def clocks() -> str:
 
 
 def commit() -> str:
-    """Short commit of the checkout this package runs from, "+" behind it if changed.
+    """Short commit of the checkout this package runs from, "+" behind it if changed; "" elsewhere.
 
-    Elsewhere what ``BERTKD_COMMIT`` says, for copies of a checkout on machines without git; or "".
+    ``BERTKD_COMMIT`` says it instead where a copy of a checkout lost its history.
     """
+    told = os.environ.get("BERTKD_COMMIT")
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return os.environ.get("BERTKD_COMMIT", "")
+    if told or not (root / ".git").exists():
+        return told or ""
     git = ["git", "-C", str(root)]
     found = _output([*git, "rev-parse", "--short=10", "HEAD"]).strip()
     # Results are written by the run itself and change nothing of what is measured.

@@ -41,6 +41,7 @@ class Settings:
         impls: all contestants in order.
         rounds, seconds: of timing, per case and mode.
         weigh: whether to measure memory.
+        fill: whether to search for the largest batch of a training step.
         stamp: columns that every row gets.
         ceilings: by dtype.
     """
@@ -51,6 +52,7 @@ class Settings:
     rounds: int = 15
     seconds: float = 15.0
     weigh: bool = True
+    fill: bool = True
     stamp: dict[str, Any] = field(default_factory=dict)
     ceilings: Callable[[str], Ceilings] | None = None
 

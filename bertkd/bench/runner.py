@@ -43,6 +43,7 @@ class Options:
     seconds: float = 15.0
     budget_minutes: float | None = None
     memory: bool = True
+    largest_batch: bool = True
     plots: bool = True
 
 
@@ -167,6 +168,7 @@ def settings_of(job: Job, stamp: dict[str, Any], ceilings: MeasuredCeilings) -> 
         rounds=job.options.rounds,
         seconds=job.options.seconds,
         weigh=job.options.memory,
+        fill=job.options.largest_batch,
         stamp=stamp,
         ceilings=ceilings,
     )

@@ -118,8 +118,10 @@ def _measure(case, trainers, errors, row, settings) -> Iterator[Row]:
             yield row(impl=impl, metric="memory", unit="MiB", p50=peak / 2**20, rounds=1)
     trainers.clear()
     release_memory()
-    if settings.weigh:
-        yield from _fill(case, names, row, settings) if on_cuda else _weigh(case, names, row)
+    if settings.weigh and not on_cuda:
+        yield from _weigh(case, names, row)
+    if settings.fill and on_cuda:
+        yield from _fill(case, names, row, settings)
 
 
 def _weigh(case, names, row) -> Iterator[Row]:

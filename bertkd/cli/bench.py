@@ -27,6 +27,7 @@ class Config:
         seconds: Time for the rounds of a case in a mode.
         budget_minutes: Start no case after this time, and name those left out. Default: no limit.
         memory: Measure peak memory too.
+        largest_batch: On a GPU, search for the largest batch with which a training step fits, which takes a minute.
         plots: Draw the pictures too; needs matplotlib.
         list: Show the cases and who can take part, and run nothing.
     """
@@ -38,6 +39,7 @@ class Config:
     seconds: float = 15.0
     budget_minutes: float | None = None
     memory: bool = True
+    largest_batch: bool = True
     plots: bool = True
     list: bool = False
 

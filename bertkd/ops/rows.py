@@ -41,7 +41,11 @@ def row_weights(
         average is 0 and not NaN). Weights multiply rows; they do not change the count.
     """
     weight = torch.ones(rows, dtype=dtype, device=device) if mask is None else mask.to(dtype)
-    count = weight.sum().clamp_min(1.0)
+    if mask is None and not torch.compiler.is_compiling():
+        # Known without asking the device, which would take a kernel or two.
+        count = torch.full((), max(1.0, float(weight.numel())), dtype=dtype, device=device)
+    else:
+        count = weight.sum().clamp_min(1.0)
     if row_weight is not None:
         if not isinstance(row_weight, Tensor):
             raise TypeError(f"{op}: row_weight must be a tensor, got {type(row_weight).__name__}.")

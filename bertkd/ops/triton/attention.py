@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from bertkd.kernels.primitives import EXTENTS, sequence_extents
@@ -30,14 +30,41 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up. Triton's own takes microseconds where it runs on the host too."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not less than ``n``; quick, as ``cdiv``."""
+    return 1 << (n - 1).bit_length()
+
+
 def padded(width: int) -> int:
     """Head width in a kernel: a power of two, at least the 16 that a matrix instruction needs."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def block_length(length: int) -> int:
     """Length of the tile that holds a whole short sequence."""
-    return max(16, triton.next_power_of_2(length))
+    return max(16, power_of_2(length))
+
+
+def resident_programs(work: int, num_warps: int, x: Tensor) -> int:
+    """Programs that share ``work`` pieces: as many as fit on the GPU at once with all the registers that they want.
+
+    Eight warps of 255 registers a thread fill a multiprocessor.
+    """
+    return (
+        min(work, max(1, 8 // num_warps) * _multiprocessors(x.device))
+        if x.is_cuda
+        else min(work, 2)
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -50,6 +77,8 @@ def laid_out_like(given: Tensor, grad: Tensor) -> Tensor:
 
     The layout is that of ``torch.empty_like``: of a slice it has the order of the strides, not the gaps between them.
     """
+    if grad.dtype == given.dtype and grad.stride() == given.stride():
+        return grad
     wanted = torch.empty_like(given, device="meta")
     same = grad.dtype == wanted.dtype and grad.stride() == wanted.stride()
     return grad if same else torch.empty_like(given).copy_(grad)
@@ -134,6 +163,6 @@ def extents_of(mask: Tensor | None, weight: Tensor | None, x: Tensor) -> Extents
         length,
         HAS_MASK=mask is not None,
         HAS_WEIGHT=weight is not None,
-        BLOCK=min(1024, max(16, triton.next_power_of_2(length))),
+        BLOCK=min(1024, max(16, power_of_2(length))),
     )
     return Extents(extents, peak)

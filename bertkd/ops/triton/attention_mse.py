@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bertkd.kernels.attention_mse import (
@@ -16,6 +15,7 @@ from bertkd.kernels.attention_mse import (
 )
 from bertkd.ops.triton.attention import (
     Extents,
+    cdiv,
     extents_of,
     guard,
     laid_out_like,
@@ -32,12 +32,15 @@ __all__ = ["attention_mse_fwd_bwd", "attention_mse_rows", "refusal"]
 PROGRAMS = 512
 # Widest head whose Gram blocks stay in registers.
 GRAM_WIDTH = 64
+# From this multiple of both widths on the Gram form is the faster one. By counting it would be 1; but its products are
+# of fp32 operands (an H200 gains from it between 512 and 1024 tokens of width 64).
+GRAM_LENGTH = 5
 Sides = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def gram_pays(length: int, width_s: int, width_t: int) -> bool:
     """Whether two Gram matrices, O(L (D_s + D_t)^2), are less work than the tiles, O(L^2 (D_s + D_t)), and fit."""
-    return length > 2 * (width_s + width_t) and max(width_s, width_t) <= GRAM_WIDTH
+    return length > GRAM_LENGTH * (width_s + width_t) and max(width_s, width_t) <= GRAM_WIDTH
 
 
 def attention_mse_rows(
@@ -182,7 +185,7 @@ def _gram_grad(
     batch, heads, length, _ = x_s.shape
     constants, options = _gram_constants(sides, "gram_grad", ratio)
     bits, mask_b, mask_l = mask_arguments(mask, extents.table)
-    attention_mse_gram_grad_kernel[(batch * heads * triton.cdiv(length, constants["BLOCK"]),)](
+    attention_mse_gram_grad_kernel[(batch * heads * cdiv(length, constants["BLOCK"]),)](
         x_s,
         x_t,
         bits,
@@ -212,7 +215,7 @@ def _gram_rows(sides: Sides, grams: Tensor, out: Tensor, scale_s: float, ratio: 
     q_s, _, q_t, _ = sides
     batch, heads, length, _ = q_s.shape
     constants, options = _gram_constants(sides, "gram_rows", ratio)
-    attention_mse_gram_rows_kernel[(batch * heads * triton.cdiv(length, constants["BLOCK"]),)](
+    attention_mse_gram_rows_kernel[(batch * heads * cdiv(length, constants["BLOCK"]),)](
         q_s,
         q_t,
         grams,
@@ -248,7 +251,7 @@ def _pairs(
     q_s, k_s, q_t, k_t = sides
     shape = shape_of((q_s, k_s), (q_t, k_t))
     config = lookup("pairs", q_s, q_t)
-    blocks = shape.batch * shape.heads * triton.cdiv(shape.length, config.block_m)
+    blocks = shape.batch * shape.heads * cdiv(shape.length, config.block_m)
     rows = out
     if rows is None:
         rows = torch.empty(blocks, dtype=torch.float32, device=q_s.device)

@@ -1,8 +1,9 @@
 """Tile shapes of the attention kernels: shipped tables, and what ``bertkd tune`` measured on this machine's GPU.
 
 A shipped row is keyed by architecture, kernel form, bits of the wider operand and head width padded to a power of
-two. The rows were chosen by compiling: no spills, shared memory within the smallest chip's of the group, and of those
-the fewest instructions per pair of row and key. None was measured on a GPU.
+two. Rows of table 90 were measured on an H200: all for 16-bit operands of width 64, most for 16, 32 and 128, and the
+gradients' for fp32 ones of 64 (docs/gpu.md). The others were chosen by compiling: no spills, shared memory within the
+smallest chip's of the group, and of those the fewest instructions per pair of row and key.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bertkd.ops.triton.attention import resident_programs
+
 DIRECTORY_VARIABLE = "BERTKD_TUNE_DIR"
 WIDTHS = (16, 32, 64, 128)
 
@@ -33,9 +36,12 @@ class Config(NamedTuple):
 
 
 # The interpreter gains nothing from large tiles, and small ones have more edges to get wrong.
-INTERPRETED = Config(32, 32, 4, 1)
+INTERPRETED = Config(32, 32, 4, 2)
 # Length up to which the interpreter takes the forms in which a program owns a head.
 INTERPRETED_SHORT = 64
+
+# Stands for a factor of 0 on the scores, with which pads would be let through: less than any score shows.
+TINY = 1e-20
 
 # Compute capability -> table; a newer one takes the last. The rows of 80 fit into the 99 KiB of sm_86, 89 and 120.
 _TABLES = {80: 80, 86: 80, 89: 80, 90: 90, 100: 90, 120: 80}
@@ -52,26 +58,31 @@ def _ship(tables: tuple[int, ...], form: str, bits: int, *rows: tuple[int, ...] 
 
 _BOTH = (80, 90)
 _ship((80,), "rows", 16, (128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3))
-_ship((90,), "rows", 16, (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3))
+_ship((90,), "rows", 16, (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3))
 _ship((80,), "grad_rows", 16, (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 32, 4, 3))
-_ship((90,), "grad_rows", 16, (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3))
+_ship((90,), "grad_rows", 16, (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3))
 _ship((80,), "grad_keys", 16, (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3), (64, 32, 4, 2))
-_ship((90,), "grad_keys", 16, (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (32, 64, 4, 3))
+_ship((90,), "grad_keys", 16, (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2))
 _ship((80,), "rows", 32, (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2))
 _ship((90,), "rows", 32, (64, 64, 4, 2), (64, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2))
 _ship((80,), "grad_rows", 32, (128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2))
-_ship((90,), "grad_rows", 32, (128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 2), (16, 16, 4, 2))
-_ship(_BOTH, "grad_keys", 32, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1))
-for _form in ("short_64", "self_short_64"):
-    _ship(_BOTH, _form, 16, *[(64, 64, 4, 1)] * 4)
+_ship((90,), "grad_rows", 32, (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (16, 16, 4, 2))
+_ship((80,), "grad_keys", 32, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1))
+_ship((90,), "grad_keys", 32, (32, 32, 4, 2), (32, 32, 4, 2), (64, 32, 4, 2), (16, 32, 4, 1))
 for _form in ("short", "self_short"):
+    _ship(_BOTH, f"{_form}_16", 16, *[(16, 16, 1, 1)] * 4)
+    _ship(_BOTH, f"{_form}_32", 16, *[(32, 32, 2, 1)] * 4)
+    _ship(_BOTH, f"{_form}_64", 16, *[(64, 64, 4, 1)] * 4)
     _ship((80,), _form, 16, (128, 128, 8, 1), (128, 128, 8, 1), None, None)
-    _ship((90,), _form, 16, *[(128, 128, 8, 1)] * 4)
+    _ship(_BOTH, f"{_form}_16", 32, (16, 16, 1, 1), (16, 16, 1, 1), (16, 16, 2, 1), None)
+    _ship(_BOTH, f"{_form}_32", 32, (32, 32, 4, 1), (32, 32, 4, 1), None, None)
     _ship(_BOTH, _form, 32, None, None, None, None)
     _ship((80,), f"{_form}_64", 32, (64, 64, 8, 1), None, None, None)
     _ship((90,), f"{_form}_64", 32, (64, 64, 8, 1), (64, 64, 8, 1), None, None)
+_ship((90,), "short", 16, *[(128, 128, 8, 2)] * 3, (128, 128, 8, 1))
+_ship((90,), "self_short", 16, *[(128, 128, 8, 2)] * 4)
 _ship((80,), "pairs", 16, (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2))
-_ship((90,), "pairs", 16, *[(64, 64, 4, 2)] * 4)
+_ship((90,), "pairs", 16, (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2))
 _ship(_BOTH, "pairs", 32, (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1))
 # Their products are in fp32 whatever the operands are.
 for _bits in (16, 32):
@@ -79,7 +90,7 @@ for _bits in (16, 32):
     _ship((90,), "gram", _bits, (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), None)
     _ship(_BOTH, "gram_rows", _bits, (64, 64, 4, 1), (64, 64, 4, 1), (32, 64, 8, 1), None)
     _ship((80,), "gram_grad", _bits, (64, 64, 4, 1), (64, 64, 4, 1), (32, 64, 4, 1), None)
-    _ship((90,), "gram_grad", _bits, (64, 64, 4, 1), (64, 64, 4, 1), (32, 64, 8, 1), None)
+    _ship((90,), "gram_grad", _bits, (64, 64, 4, 1), (64, 64, 4, 1), (128, 64, 8, 1), None)
 
 FORMS = tuple(sorted({form for _, form, _ in _SHIPPED}))
 
@@ -122,11 +133,16 @@ def short_config(form: str, x_s: Tensor, x_t: Tensor) -> Config | None:
     length = x_s.shape[2]
     if not x_s.is_cuda:
         return INTERPRETED if length <= INTERPRETED_SHORT else None
-    for name in (f"{form}_64", form):
+    for name in (f"{form}_16", f"{form}_32", f"{form}_64", form):
         config = _find(name, (x_s, x_t))
         if config is not None and length <= config.block_n:
             return config
     return None
+
+
+def short_programs(heads: int, config: Config, x: Tensor) -> int:
+    """Programs of a form that visits whole heads: one a head, or with a pipeline as many as run at the same time."""
+    return resident_programs(heads, config.num_warps, x) if config.num_stages > 1 else heads
 
 
 def _find(form: str, tensors: tuple[Tensor, ...]) -> Config | None:
@@ -216,7 +232,7 @@ def candidates(form: str, bits: int, width: int, capability: int) -> Iterator[Co
     else:
         tiles = [(rows, keys) for rows in (16, 32, 64, 128) for keys in (16, 32, 64, 128)]
     for rows, keys in tiles:
-        for warps in (4, 8):
+        for warps in (1, 2, 4, 8) if form.endswith(("_16", "_32", "_64")) else (4, 8):
             for stages in (1, 2, 3):
                 config = Config(rows, keys, warps, stages)
                 if config != first:

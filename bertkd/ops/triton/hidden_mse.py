@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bertkd.kernels.hidden_cosine import hidden_cosine_kernel
 from bertkd.kernels.hidden_mse import hidden_mse_kernel
-from bertkd.ops.triton.attention import guard, laid_out_like, unit_stride
+from bertkd.ops.triton.attention import cdiv, guard, laid_out_like, power_of_2, unit_stride
 from bertkd.ops.triton.states import alignment
 
 # Elements of a tile: 16 a thread, two loads of 16 bytes for 16-bit states.
@@ -29,16 +28,16 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
 
 def mse_config(width: int) -> dict[str, Any]:
     """Tile of hidden_mse: of 512, 256 and 128 columns those that leave the fewest lanes idle."""
-    cols = triton.next_power_of_2(width)
+    cols = power_of_2(width)
     if cols > 128:
-        cols = min((512, 256, 128), key=lambda c: triton.cdiv(width, c) * c)
+        cols = min((512, 256, 128), key=lambda c: cdiv(width, c) * c)
     return {"ROWS": max(1, TILE // cols), "COLS": cols, "num_warps": 4, "num_stages": 1}
 
 
 def cosine_config(width: int) -> dict[str, Any]:
     """Tile of hidden_cosine: whole rows where they fit."""
     whole = width <= WHOLE_WIDTH
-    cols = triton.next_power_of_2(width) if whole else TILE // 2
+    cols = power_of_2(width) if whole else TILE // 2
     rows = max(1, TILE // cols)
     return {"ROWS": rows, "COLS": cols, "WHOLE": whole, "num_warps": 4, "num_stages": 1}
 
@@ -51,7 +50,7 @@ def hidden_mse_fwd_bwd(
     grads = [torch.empty_like(x) for x in students]
     n_rows, width = h_s[0].shape
     config = mse_config(width)
-    blocks = triton.cdiv(n_rows, config["ROWS"])
+    blocks = cdiv(n_rows, config["ROWS"])
     partials = torch.empty((len(h_s), blocks), dtype=torch.float32, device=row_weight.device)
     done = 0
     with guard(row_weight):
@@ -96,7 +95,7 @@ def hidden_cosine_fwd_bwd(
     grad = torch.empty_like(student)
     n_rows, width = h_s.shape
     config = cosine_config(width)
-    blocks = triton.cdiv(n_rows, config["ROWS"])
+    blocks = cdiv(n_rows, config["ROWS"])
     partials = torch.empty((blocks,), dtype=torch.float32, device=h_s.device)
     with guard(h_s):
         hidden_cosine_kernel[(blocks,)](

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from bertkd.kernels.hidden_proj_mse import hidden_proj_mse_kernel
 from bertkd.ops.triton import interpreting
-from bertkd.ops.triton.attention import guard, laid_out_like, unit_stride
+from bertkd.ops.triton.attention import cdiv, guard, laid_out_like, unit_stride
 from bertkd.ops.triton.states import (
     alignment,
     one_layout,
@@ -96,8 +95,8 @@ def _residual(
     outputs = [torch.empty((n_rows, m_width), dtype=out_dtype, device=device) for _ in targets]
     align = alignment(math.gcd(k_width, m_width), inputs[0], weight, targets[0], outputs[0])
     config = proj_config(n_rows, k_width, compute, align)
-    row_blocks = triton.cdiv(n_rows, config["ROWS"])
-    programs = row_blocks * triton.cdiv(m_width, config["COLS"]) * len(targets)
+    row_blocks = cdiv(n_rows, config["ROWS"])
+    programs = row_blocks * cdiv(m_width, config["COLS"]) * len(targets)
     losses = torch.empty((programs,), dtype=torch.float32, device=device)
     bias_sums = None
     if bias is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bertkd.ops.triton.attention import laid_out_like, unit_stride
 from bertkd.ops.triton.softmax_kl import row_kl
-from bertkd.ops.triton.states import operand_dtype, product
+from bertkd.ops.triton.states import add_product, aligned_parts, operand_dtype, product
 
 # Logits of one side in a chunk: 64 MiB of fp32. The rows depend on V alone: taking what memory happens to be free would
 # change the order of the sums, and with it the last bits, from run to run.
@@ -55,21 +55,22 @@ class _Logits:
 
     def __init__(self, student: _Side, teacher: _Side) -> None:
         self.sides = (student, teacher)
+        self.parts = aligned_parts(student.weight.shape[0])
         self.buffers: list[Tensor] = []
 
     def of(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(n, V) of student and teacher; overwritten by the next call."""
         n_rows = rows.stop - rows.start
         if not self.buffers:
-            self.buffers = [padded(n_rows, side.weight, torch.float32) for side in self.sides]
-        z_s, z_t = (
-            product(side.hidden[rows], side.weight.T, out=buffer[:n_rows])
-            for side, buffer in zip(self.sides, self.buffers, strict=True)
-        )
+            self.buffers = [aligned(n_rows, side.weight, torch.float32) for side in self.sides]
+        z_s, z_t = (buffer[:n_rows] for buffer in self.buffers)
+        for side, z in zip(self.sides, (z_s, z_t), strict=True):
+            for part in self.parts:
+                product(side.hidden[rows], side.weight[part].T, out=z[:, part])
         return z_s, z_t
 
 
-def padded(n_rows: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def aligned(n_rows: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for (n, V) whose rows start at multiples of 16 bytes, as wide loads and matrix units want it."""
     vocabulary = weight.shape[0]
     stride = (vocabulary + 7) // 8 * 8
@@ -118,7 +119,7 @@ def linear_kl_fwd_bwd(
     sums = _Sums(student, teacher)
     for rows in _chunks(student.hidden.shape[0], w_s.shape[0]):
         sums.add(rows, weight, temperature)
-    results = (sums.loss, sums.grad_h, sums.grad_w, sums.grad_b)
+    results = sums.finish()
     loss, grad_h, grad_w, grad_b = results if factor is None else (x / factor for x in results)
     if kept is None:
         whole_h = laid_out_like(h_s, grad_h)
@@ -134,7 +135,7 @@ class _Sums:
     def __init__(self, student: _Side, teacher: _Side) -> None:
         hidden, weight, bias = student
         self.student, self.teacher = student, teacher
-        self.logits = _Logits(student, teacher)
+        self.logits: _Logits | None = _Logits(student, teacher)
         self.loss = torch.zeros((), dtype=torch.float32, device=weight.device)
         self.grad_h = torch.empty(hidden.shape, dtype=torch.float32, device=weight.device)
         self.grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -144,13 +145,14 @@ class _Sums:
 
     def add(self, rows: slice, row_weight: Tensor, temperature: float) -> None:
         """Project a chunk of rows, and add what it contributes."""
+        assert self.logits is not None
         hidden, weight, bias = self.student
         z_s, z_t = self.logits.of(rows)
         # In place, unless the products that follow want another dtype.
         difference = z_s
         if weight.dtype != torch.float32:
             if self.rounded is None:
-                self.rounded = padded(z_s.shape[0], weight, weight.dtype)
+                self.rounded = aligned(z_s.shape[0], weight, weight.dtype)
             difference = self.rounded[: z_s.shape[0]]
         self.loss += row_kl(
             z_s,
@@ -161,10 +163,19 @@ class _Sums:
             bias_s=bias,
             bias_t=self.teacher.bias,
         ).sum()
-        product(difference, weight, out=self.grad_h[rows])
-        self.grad_w += product(difference.T, hidden[rows])
+        first, *rest = self.logits.parts
+        product(difference[:, first], weight[first], out=self.grad_h[rows])
+        for part in rest:
+            add_product(self.grad_h[rows], difference[:, part], weight[part])
+        for part in self.logits.parts:
+            add_product(self.grad_w[part], difference[:, part].T, hidden[rows])
         if bias is not None:
             self.grad_b += difference.sum(0, dtype=torch.float32)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The sums; the logits' memory is free again, for the gradients in the weight's own dtype."""
+        self.logits = self.rounded = None
+        return self.loss, self.grad_h, self.grad_w, self.grad_b
 
 
 def _kept(row_weight: Tensor, vocabulary: int) -> Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from bertkd.kernels.relation_kl import relation_kl_keys_kernel, relation_kl_rows_kernel
@@ -12,6 +11,7 @@ from bertkd.ops.triton.attention import (
     LOG2E,
     Extents,
     block_length,
+    cdiv,
     extents_of,
     guard,
     laid_out_like,
@@ -20,7 +20,7 @@ from bertkd.ops.triton.attention import (
     shape_of,
     unit_stride,
 )
-from bertkd.ops.triton.config import Config, lookup, short_config
+from bertkd.ops.triton.config import TINY, Config, lookup, short_config, short_programs
 
 __all__ = ["refusal", "relation_kl_fwd_bwd", "relation_kl_rows"]
 
@@ -63,8 +63,8 @@ def relation_kl_fwd_bwd(
     config = short_config("short", a_s, a_t)
     with guard(a_s):
         grad_a, grad_b = torch.empty_like(sides[0]), torch.empty_like(sides[1])
+        extents = extents_of(mask, row_weight, a_s)
         if config is None:
-            extents = extents_of(mask, row_weight, a_s)
             stats = torch.empty((4, *row_weight.shape), dtype=torch.float32, device=a_s.device)
             scales = scale_s, scale_t
             sums = rows_launch(
@@ -73,7 +73,7 @@ def relation_kl_fwd_bwd(
             loss = sums.sum() + keys_launch(sides, mask, extents, stats, grad_b, *scales).sum()
         else:
             loss = _short_launch(
-                config, sides, mask, row_weight, grad_a, grad_b, scale_s, scale_t
+                config, sides, mask, row_weight, extents, grad_a, grad_b, scale_s, scale_t
             ).sum()
         return loss, laid_out_like(a_s, grad_a), laid_out_like(b_s, grad_b)
 
@@ -110,7 +110,7 @@ def rows_launch(
     a_s, b_s, a_t, b_t = sides
     shape = shape_of((a_s, b_s), (a_t, b_t))
     config = lookup(form, a_s, a_t)
-    blocks = shape.batch * shape.heads * triton.cdiv(shape.length, config.block_m)
+    blocks = shape.batch * shape.heads * cdiv(shape.length, config.block_m)
     rows = out
     if weight is not None:
         rows = torch.empty(blocks, dtype=torch.float32, device=a_s.device)
@@ -163,7 +163,7 @@ def keys_launch(
     a_s, b_s, a_t, b_t = sides
     shape = shape_of((a_s, b_s), (a_t, b_t))
     config = lookup("grad_keys", a_s, a_t)
-    blocks = shape.batch * shape.heads * triton.cdiv(shape.length, config.block_n)
+    blocks = shape.batch * shape.heads * cdiv(shape.length, config.block_n)
     sums = torch.empty(blocks, dtype=torch.float32, device=a_s.device)
     bits, mask_b, mask_l = mask_arguments(mask, extents.table)
     relation_kl_keys_kernel[(blocks,)](
@@ -199,21 +199,23 @@ def _short_launch(
     sides: Sides,
     mask: Tensor | None,
     weight: Tensor,
+    extents: Extents,
     grad_a: Tensor,
     grad_b: Tensor,
     scale_s: float,
     scale_t: float,
 ) -> Tensor:
-    """Run the kernel that owns a head; returns the heads' shares of the loss."""
+    """Run the kernel that visits whole heads; returns the heads' shares of the loss."""
     a_s, b_s, a_t, b_t = sides
     shape = shape_of((a_s, b_s), (a_t, b_t))
     heads = shape.batch * shape.heads
     sums = torch.empty(heads, dtype=torch.float32, device=a_s.device)
-    bits, mask_b, mask_l = mask_arguments(mask, sums)
-    relation_kl_short_kernel[(heads,)](
+    bits, mask_b, mask_l = mask_arguments(mask, extents.table)
+    relation_kl_short_kernel[(short_programs(heads, config, a_s),)](
         *sides,
         bits,
         weight,
+        *extents,
         sums,
         grad_a,
         grad_b,
@@ -224,14 +226,16 @@ def _short_launch(
         *grad_a.stride()[:3],
         *grad_b.stride()[:3],
         shape.heads,
+        heads,
         shape.length,
-        abs(scale_s) * LOG2E,
-        abs(scale_t) * LOG2E,
+        (abs(scale_s) or TINY) * LOG2E,
+        (abs(scale_t) or TINY) * LOG2E,
         scale_s,
         abs(scale_s),
         BLOCK_L=block_length(shape.length),
         **shape.constants,
         HAS_MASK=mask is not None,
+        STREAM=config.num_stages > 1,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

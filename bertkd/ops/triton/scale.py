@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from bertkd.kernels.scale import scale_kernel
-from bertkd.ops.triton.attention import guard
+from bertkd.ops.triton.attention import cdiv, guard, resident_programs
 
 BLOCK = 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,5 +28,6 @@ def can_scale(x: Tensor, factor: Tensor) -> bool:
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """``x *= factor`` for tensors that ``can_scale`` takes; ``factor`` has one element, on the same device."""
     with guard(x):
-        scale_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK=BLOCK)
+        programs = resident_programs(cdiv(x.numel(), BLOCK), 1, x)
+        scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=BLOCK)
     return x

@@ -8,6 +8,7 @@ from torch import Tensor
 from bertkd.kernels.self_relation_kl import self_relation_kl_short_kernel
 from bertkd.ops.triton.attention import (
     LOG2E,
+    Extents,
     block_length,
     extents_of,
     guard,
@@ -17,7 +18,7 @@ from bertkd.ops.triton.attention import (
     shape_of,
     unit_stride,
 )
-from bertkd.ops.triton.config import Config, short_config
+from bertkd.ops.triton.config import TINY, Config, short_config, short_programs
 from bertkd.ops.triton.relation_kl import (
     keys_launch,
     positive_sides,
@@ -49,15 +50,15 @@ def self_relation_kl_fwd_bwd(
     # A negative factor would flip one of two equal tensors, which only the general form takes.
     config = short_config("self_short", x_s, x_t) if min(scale_s, scale_t) >= 0 else None
     with guard(x_s):
+        extents = extents_of(mask, row_weight, x_s)
         if config is not None:
             student, teacher = unit_stride(x_s), unit_stride(x_t)
             grad = torch.empty_like(student)
             loss = _short_launch(
-                config, student, teacher, mask, row_weight, grad, scale_s, scale_t
+                config, student, teacher, mask, row_weight, extents, grad, scale_s, scale_t
             ).sum()
             return loss, laid_out_like(x_s, grad)
         sides = positive_sides(x_s, x_s, x_t, x_t, scale_s, scale_t)
-        extents = extents_of(mask, row_weight, x_s)
         stats = torch.empty((4, *row_weight.shape), dtype=torch.float32, device=x_s.device)
         rows_grad = torch.empty(x_s.shape, dtype=torch.float32, device=x_s.device)
         grad = torch.empty_like(sides[1])
@@ -73,20 +74,22 @@ def _short_launch(
     x_t: Tensor,
     mask: Tensor | None,
     weight: Tensor,
+    extents: Extents,
     grad: Tensor,
     scale_s: float,
     scale_t: float,
 ) -> Tensor:
-    """Run the kernel that owns a head; returns the heads' shares of the loss."""
+    """Run the kernel that visits whole heads; returns the heads' shares of the loss."""
     shape = shape_of((x_s,), (x_t,))
     heads = shape.batch * shape.heads
     sums = torch.empty(heads, dtype=torch.float32, device=x_s.device)
-    bits, mask_b, mask_l = mask_arguments(mask, sums)
-    self_relation_kl_short_kernel[(heads,)](
+    bits, mask_b, mask_l = mask_arguments(mask, extents.table)
+    self_relation_kl_short_kernel[(short_programs(heads, config, x_s),)](
         x_s,
         x_t,
         bits,
         weight,
+        *extents,
         sums,
         grad,
         *x_s.stride()[:3],
@@ -96,13 +99,15 @@ def _short_launch(
         *weight.stride(),
         *grad.stride()[:3],
         shape.heads,
+        heads,
         shape.length,
-        scale_s * LOG2E,
-        scale_t * LOG2E,
+        (scale_s or TINY) * LOG2E,
+        (scale_t or TINY) * LOG2E,
         scale_s,
         BLOCK_L=block_length(shape.length),
         **shape.constants,
         HAS_MASK=mask is not None,
+        STREAM=config.num_stages > 1,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

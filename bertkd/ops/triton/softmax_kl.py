@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bertkd.kernels.softmax_kl import softmax_kl_block_kernel, softmax_kl_loop_kernel
-from bertkd.ops.triton.attention import guard, laid_out_like, unit_stride
+from bertkd.ops.triton.attention import cdiv, guard, laid_out_like, power_of_2, unit_stride
 from bertkd.ops.triton.states import alignment
 
 # Up to here a thread holds at most 32 logits of either side.
 BLOCK_CLASSES = 8192
-LOOP_COLS = 2048
-LOOP_WARPS = 8
+# Classes that a program visits at once, and its warps by the bytes of a logit. Large programs, so that the rows that
+# are visited at the same time stay in the cache until their second sweep.
+LOOP_COLS = 8192
+LOOP_WARPS = {2: 16, 4: 32}
 
 
 def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -26,7 +27,7 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
 
 def block_config(classes: int, align: int) -> dict[str, Any]:
     """Tile of the form that holds whole rows: 2048 logits of a side for small rows, one row else."""
-    cols = triton.next_power_of_2(classes)
+    cols = power_of_2(classes)
     rows = min(64, max(1, 2048 // cols))
     warps = 4 if cols <= 2048 else 8
     return {"ROWS": rows, "COLS": cols, "ALIGN": align, "num_warps": warps, "num_stages": 1}
@@ -34,14 +35,15 @@ def block_config(classes: int, align: int) -> dict[str, Any]:
 
 def loop_config(align: int, *dtypes: torch.dtype) -> dict[str, Any]:
     """Block of the form that runs along a row; a thread reads up to 16 bytes of either side at once."""
-    lanes = 32 * LOOP_WARPS
-    vec = min(align, 16 // max(dtype.itemsize for dtype in dtypes))
+    size = max(dtype.itemsize for dtype in dtypes)
+    lanes = 32 * LOOP_WARPS[size]
+    vec = min(align, 16 // size)
     return {
         "WRAPS": LOOP_COLS // (lanes * vec),
         "LANES": lanes,
         "VEC": vec,
         "ALIGN": align,
-        "num_warps": LOOP_WARPS,
+        "num_warps": LOOP_WARPS[size],
         "num_stages": 1,
     }
 
@@ -81,7 +83,7 @@ def row_kl(
     with guard(z_s):
         if classes <= BLOCK_CLASSES:
             config = block_config(classes, alignment(classes, z_s, z_t, grad))
-            grid = (triton.cdiv(n_rows, config["ROWS"]),)
+            grid = (cdiv(n_rows, config["ROWS"]),)
             softmax_kl_block_kernel[grid](*arguments, **config)
         else:
             config = loop_config(alignment(0, z_s, z_t, grad), z_s.dtype, z_t.dtype)

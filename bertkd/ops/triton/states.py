@@ -33,6 +33,15 @@ def operand_dtype(*tensors: Tensor) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
+def aligned_parts(size: int) -> list[slice]:
+    """A dimension as the largest multiple of 8 and the rest, if there is one.
+
+    Matrix products with a dimension like BERT's 30522 classes go to kernels of a third of the speed.
+    """
+    whole = size // 8 * 8
+    return [part for part in (slice(0, whole), slice(whole, size)) if part.start < part.stop]
+
+
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` in fp32, from operands of one dtype, by the vendor's library."""
     if a.dtype == torch.float32:
@@ -41,3 +50,13 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     result = a.float() @ b.float()
     return result if out is None else out.copy_(result)
+
+
+def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """``sums += a @ b`` in fp32, where the product has no memory of its own."""
+    if a.dtype == torch.float32:
+        torch.addmm(sums, a, b, out=sums)
+    elif a.is_cuda:
+        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+    else:
+        sums += a.float() @ b.float()
