@@ -61,7 +61,9 @@ def weights_and_bias(
     """
     at = tl.arange(0, BLOCK_L)
     w = tl.load(weight + at.to(tl.int64) * weight_l, mask=at < row_end, other=0.0)
-    bias = tl.where(real_keys(mask, 0, mask_l, key_end, BLOCK_L, HAS_MASK), 0.0, LOW)
+    # Without any real key all count, in rows that do not: a maximum of LOW would leave its own rounding, and NaN.
+    real = real_keys(mask, 0, mask_l, key_end, BLOCK_L, HAS_MASK) | (key_end == 0)
+    bias = tl.where(real, 0.0, LOW)
     return w, tl.broadcast_to(bias[None, :], (BLOCK_L, BLOCK_L))
 
 

@@ -319,7 +319,7 @@ def test_a_broken_kernel_is_noticed(mutation, monkeypatch, tmp_path):
 
 
 SHORT_MUTATIONS = {
-    "pads let through": ("short", "HAS_MASK), 0.0, LOW)", "HAS_MASK), 0.0, 0.0)"),
+    "pads let through": ("short", "tl.where(real, 0.0, LOW)", "tl.where(real, 0.0, 0.0)"),
     "last key forgotten": ("short", "return key_end, tl.where", "return key_end - 1, tl.where"),
     "last row forgotten": ("short", "tl.load(extents + ROW_END), 0)", "tl.load(extents + ROW_END) - 1, 0)"),
     "a head visited by nobody": ("short", "tl.minimum(first + each, total)", "tl.minimum(first + each, total - 1)"),

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bertkd.ops.triton.scale import BLOCK, can_scale, scale_
+from bertkd.ops.triton import scale
+from bertkd.ops.triton.scale import BLOCK, can_scale, is_right, scale_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter reads and writes bfloat16 rightly, and multiplies in float32.
@@ -50,3 +51,15 @@ def test_gaps_other_dtypes_and_empty_tensors_are_left_to_pytorch():
     assert not can_scale(torch.zeros(3, device=DEVICE, dtype=torch.float64), factor)
     assert not can_scale(torch.zeros(0, device=DEVICE), factor)
     assert not can_scale(torch.zeros(3, device=DEVICE), torch.ones(2, device=DEVICE))
+
+
+# The interpreter cuts bfloat16 off where a GPU rounds it, which the trial would notice.
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[:2])
+def test_it_is_tried_before_it_is_trusted(dtype, monkeypatch):
+    monkeypatch.setattr(scale, "_right", {})
+    device = torch.device(DEVICE)
+    assert is_right(dtype, device)
+    monkeypatch.setattr(scale, "_right", {})
+    monkeypatch.setattr(scale, "scale_", lambda x, factor: x)
+    with pytest.warns(RuntimeWarning, match="kernel is wrong"):
+        assert not is_right(dtype, device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bertkd.ops.dispatch import is_proven
+from bertkd.ops.dispatch import unavailable
 from bertkd.ops.rows import weighted
 from bertkd.ops.schema import OPS
 
@@ -41,10 +41,10 @@ def _flatten(args: Sequence[Arg]) -> tuple[list[Any], tuple[int, ...]]:
 
 def _scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     """``grad * factor`` rounded once: a loss scale of 65536 does not fit in float16."""
-    if in_place and grad.is_cuda and is_proven(grad.device):
-        from bertkd.ops.triton.scale import can_scale, scale_
+    if in_place and grad.is_cuda and unavailable("triton") is None:
+        from bertkd.ops.triton.scale import can_scale, is_right, scale_
 
-        if can_scale(grad, factor):
+        if can_scale(grad, factor) and is_right(grad.dtype, grad.device):
             return scale_(grad, factor)
     if grad.dtype in (torch.float16, torch.bfloat16):
         return (grad.float() * factor).to(grad.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bertkd.kernels.scale import scale_kernel
+from bertkd.ops.dispatch import warn_once
 from bertkd.ops.triton.attention import cdiv, guard, resident_programs
 
 BLOCK = 4096
@@ -31,3 +32,35 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
         programs = resident_programs(cdiv(x.numel(), BLOCK), 1, x)
         scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=BLOCK)
     return x
+
+
+_right: dict[tuple[torch.dtype, torch.device], bool] = {}
+
+
+def is_right(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel gives on a device what PyTorch does: tried once in a process, and never in a graph capture."""
+    if (dtype, device) not in _right:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        _right[dtype, device] = _try(dtype, device)
+    return _right[dtype, device]
+
+
+def _try(dtype: torch.dtype, device: torch.device) -> bool:
+    x = torch.linspace(-3.0, 3.0, BLOCK + 5, device=device).to(dtype)
+    for factor in (torch.tensor(by, device=device) for by in (1.0, 1 / 3)):
+        want = (x.float() * factor).to(dtype)
+        try:
+            got = scale_(x.clone(), factor)
+        except Exception as error:
+            # Whatever a compiler or driver raises, PyTorch can multiply.
+            warn_once(
+                f"bertkd scales gradients by PyTorch: its kernel raised {type(error).__name__}: {error}."
+            )
+            return False
+        if not torch.equal(got, want):
+            warn_once(
+                f"bertkd scales gradients by PyTorch: its kernel is wrong in {dtype} on {device}."
+            )
+            return False
+    return True
