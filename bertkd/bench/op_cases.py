@@ -11,7 +11,7 @@ import torch
 
 from bertkd.bench import memory
 from bertkd.bench.cases import Case
-from bertkd.bench.contestants import MODES, applies, loss_of, small, step, why_not
+from bertkd.bench.contestants import MODES, OURS, applies, loss_of, small, step, why_not
 from bertkd.bench.ops import SPECS
 from bertkd.bench.record import Row
 from bertkd.bench.roofline import Ceilings, bound
@@ -170,7 +170,7 @@ def times_of(
     count = input_sets(inputs.nbytes, card.L2_cache_size)
     sets = [inputs, *(make_inputs(case, settings.device, seed) for seed in range(1, count))]
     makers = {
-        impl: partial(GraphReplay, [partial(run, each) for each in sets])
+        impl: partial(GraphReplay, [partial(run, each) for each in sets], capturable=impl in OURS)
         for impl, run in runs.items()
     }
     return replayed(makers, rounds=settings.rounds, seconds=settings.seconds)

@@ -77,15 +77,16 @@ def _body(rows: Sequence[Row], impls: Sequence[str], unit: str) -> list[str]:
 
 def _name(row: Row) -> str:
     if row.kind == "step":
-        return f"{row.op.replace('_', ' ')}, B {row.batch}, L {row.length}{_padding(row)}"
+        return f"{row.op.replace('_', ' ')}, B {row.batch}, L {row.length}{_rest(row)}"
     if row.classes:
-        return f"`{row.op}` N {row.rows}, V {row.classes}"
+        return f"`{row.op}` N {row.rows}, V {row.classes}{_rest(row)}"
     sizes = (row.batch, row.heads, row.length, row.width_s)
-    return f"`{row.op}` {sizes}{_padding(row)}"
+    return f"`{row.op}` {sizes}{_rest(row)}"
 
 
-def _padding(row: Row) -> str:
-    return "" if row.padding == "full" else ", GLUE-like lengths"
+def _rest(row: Row) -> str:
+    dtype = "" if row.dtype == "float32" else f", {row.dtype}"
+    return dtype + ("" if row.padding == "full" else ", GLUE-like lengths")
 
 
 def replace(text: str, new: str) -> str:

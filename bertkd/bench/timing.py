@@ -87,9 +87,10 @@ class GraphReplay:
 
     Args:
         calls: one per set of inputs.
+        capturable: known to hold back during a capture where it would wait for the device otherwise.
     """
 
-    def __init__(self, calls: Sequence[Run]) -> None:
+    def __init__(self, calls: Sequence[Run], *, capturable: bool = False) -> None:
         self.calls = calls
         self.graph: torch.cuda.CUDAGraph | None = None
         self.note = "cuda graph"
@@ -103,11 +104,12 @@ class GraphReplay:
         try:
             # A capture that fails leaves PyTorch 2.11 with a capturing stream and a pool that is never emptied:
             # whoever waits for the device is found out before.
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                calls[0]()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            if not capturable:
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    calls[0]()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 for call in calls:

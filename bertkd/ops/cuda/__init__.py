@@ -1,6 +1,7 @@
 """The CUDA C++ implementation (``csrc/cuda``): row kernels, and relation_kl with one thread block a head.
 
-Opt-in: ``impl="auto"`` never picks it, because nobody has measured it yet.
+Opt-in: ``impl="auto"`` never picks it, since Triton's kernels are faster where both have been measured (docs/gpu.md).
+It needs neither Triton nor a compiler at run time.
 """
 
 from __future__ import annotations
