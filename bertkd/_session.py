@@ -49,7 +49,10 @@ class Stop(BaseException):
 
 
 class Session:
-    """One ``Recording``, what is wanted in it, whether to stop once that is there, and what stands in for SDPA."""
+    """One ``Recording``, what is wanted in it, whether to stop once that is there, and what stands in for SDPA.
+
+    ``parts`` of a block are those of q, k and v that are worth keeping.
+    """
 
     def __init__(
         self,
@@ -57,9 +60,10 @@ class Session:
         states: frozenset[int],
         stop: bool,
         instead_of_sdpa: str | None = None,
+        parts: str = "qkv",
     ) -> None:
         self.recording = Recording()
-        self.blocks, self.states = blocks, states
+        self.blocks, self.states, self.parts = blocks, states, parts
         self.stop = stop
         self.instead_of_sdpa = instead_of_sdpa
         self.started = False
@@ -108,7 +112,9 @@ class Session:
             return
         scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
         recording = self.recording
-        recording.q[block], recording.k[block], recording.v[block] = q, k, v
+        for part, tensor in (("q", q), ("k", k), ("v", v)):
+            if part in self.parts:
+                getattr(recording, part)[block] = tensor
         recording.scale[block] = q.shape[-1] ** -0.5 if scale is None else scale
         # Implementations are handed one more than the mask allows.
         recording.window[block] = None if window is None else window - 1
@@ -122,7 +128,7 @@ class Session:
     def missing(self) -> list[str]:
         """Name what is wanted and has not come by."""
         recording = self.recording
-        blocks = [f"block {i}" for i in sorted(self.blocks - recording.q.keys())]
+        blocks = [f"block {i}" for i in sorted(self.blocks - recording.scale.keys())]
         return blocks + [f"state {i}" for i in sorted(self.states - recording.states.keys())]
 
     def _stop_if_complete(self) -> None:

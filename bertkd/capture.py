@@ -32,6 +32,8 @@ class Capture:
             compiled or in ``DistributedDataParallel``.
         blocks: blocks whose q, k and v are wanted, from 0 to the number of blocks - 1.
         states: states wanted, from 0 to the number of blocks.
+        parts: which of q, k and v of the blocks are kept, as letters; the others' memory is free when the
+            model lets go of it.
         instead_of_sdpa: name of a registered attention implementation that a model on SDPA attends with
             while a call or a ``record`` lasts. Not under gradient checkpointing, whose blocks run
             again later and must attend as they did.
@@ -48,6 +50,7 @@ class Capture:
         *,
         blocks: Iterable[int] = (),
         states: Iterable[int] = (),
+        parts: str = "qkv",
         instead_of_sdpa: str | None = None,
     ) -> None:
         if isinstance(getattr(model, "_orig_mod", model), nn.DataParallel):
@@ -59,6 +62,9 @@ class Capture:
         self.model = model
         self.blocks = _indices("blocks", blocks, num_blocks - 1)
         self.states = _indices("states", states, num_blocks)
+        if not parts or not set(parts) <= set("qkv"):
+            raise ValueError(f"parts must be letters of 'qkv', got {parts!r}.")
+        self.parts = parts
         self.instead_of_sdpa = instead_of_sdpa
 
     def __call__(self, *args: Any, stop_early: bool = False, **kwargs: Any) -> Recording:
@@ -90,7 +96,7 @@ class Capture:
     def _session(self, stop: bool) -> Iterator[Recording]:
         self._refuse_reentrant()
         instead = None if self._checkpointing_functions() else self.instead_of_sdpa
-        session = Session(self.blocks, self.states, stop, instead)
+        session = Session(self.blocks, self.states, stop, instead, self.parts)
         try:
             session.attach(self.model)
             yield session.recording

@@ -253,6 +253,7 @@ class Distiller(nn.Module):
                 needs.teacher_blocks,
                 needs.teacher_states,
                 needs.teacher_logits,
+                "".join(sorted(needs.teacher_parts)) or "qkv",  # without blocks none is kept
             )
 
     def _record(
@@ -262,11 +263,13 @@ class Distiller(nn.Module):
         blocks: frozenset[int],
         states: frozenset[int],
         logits: bool,
+        parts: str = "qkv",
     ) -> Recording:
         capture = Capture(
             model,
             blocks=sorted(blocks),
             states=sorted(states),
+            parts=parts,
             instead_of_sdpa=self._instead_of_sdpa(model),
         )
         return capture(stop_early=not logits, **model_inputs(model, batch))
@@ -333,7 +336,7 @@ def _blame(step: StepContext, terms: Mapping[str, Tensor]) -> str:
 
 
 def _in_forward_order(recording: Recording, logits: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    last = max([*recording.states, *(block + 1 for block in recording.q)], default=-1)
+    last = max([*recording.states, *(block + 1 for block in recording.scale)], default=-1)
     for layer in range(last + 1):
         if layer in recording.states:
             yield f"state {layer}", recording.states[layer]

@@ -213,3 +213,19 @@ def test_an_unregistered_implementation_is_refused():
     model.config._attn_implementation = "flash_attention_9"
     with pytest.raises(ValueError, match=r"flash_attention_9.*sdpa"):
         Capture(model, blocks=[0])(**tiny_batch(model))
+
+
+def test_only_the_parts_asked_for_are_kept():
+    model = tiny_model("bert")
+    inputs = {"input_ids": torch.arange(1, 9)[None]}
+    whole = Capture(model, blocks=[0, 1])(**inputs)
+    some = Capture(model, blocks=[0, 1], parts="kv")(**inputs)
+    assert not some.q
+    assert torch.equal(some.k[1], whole.k[1])
+    assert torch.equal(some.v[0], whole.v[0])
+    assert some.scale == whole.scale
+    # It still knows when it has seen everything.
+    assert Capture(model, blocks=[0], parts="v")(stop_early=True, **inputs).output is None
+    for wrong in ("", "x", "qz"):
+        with pytest.raises(ValueError, match="parts must be letters of 'qkv'"):
+            Capture(model, blocks=[0], parts=wrong)

@@ -55,6 +55,17 @@ def test_a_teacher_woken_by_hand_is_put_back_to_sleep():
     assert torch.equal(distiller(batch).loss, expected)
 
 
+@pytest.mark.parametrize(
+    ("objective", "parts"),
+    [("att_kl", "qk"), ("att_mse", "qk"), ("val_kl", "v"), ("qkv_kl", "qkv"), (BOTH, "qk"), ("hid_seq", "")],
+)  # fmt: skip
+def test_what_no_term_reads_of_the_teacher_is_not_kept(objective, parts):
+    distiller = Distiller(*models(), objective)
+    batch = tiny_batch(distiller.teacher)
+    found = distiller._record_teacher(batch, distiller.objective.needs())
+    assert [part for part in "qkv" if getattr(found, part)] == list(parts)
+
+
 def test_moving_takes_the_teacher_along_but_leaves_its_dtype():
     teacher, student = models()
     teacher.bfloat16()

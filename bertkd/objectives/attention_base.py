@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from bertkd import functional
-from bertkd.objectives.base import MappedTerm, Setup, Shape, Side, StepContext
+from bertkd.objectives.base import MappedTerm, Needs, Setup, Shape, Side, StepContext
 from bertkd.objectives.options import flag, implementation, positive
 
 FLOAT = 4  # maps and row statistics are float32
 
 
 class AttentionTerm(MappedTerm):
-    """What terms over pairs of blocks share: heads, relation heads, masks and memory."""
+    """What terms over pairs of blocks share: heads, relation heads, masks and memory.
+
+    ``PARTS`` says which of q, k and v a term reads: the teacher's others are not kept until the loss.
+    """
+
+    PARTS: ClassVar[str] = "qkv"
 
     def __init__(
         self,
@@ -32,6 +38,10 @@ class AttentionTerm(MappedTerm):
         self.count_pads = flag("count_pads", count_pads)
         self.impl = implementation(impl, setup.impl)
         self._warned = False
+
+    def needs(self) -> Needs:
+        """The blocks of the pairs, and what the term reads of the teacher's."""
+        return replace(super().needs(), teacher_parts=frozenset(self.PARTS))
 
     def warn_of_window(self, step: StepContext, pair: tuple[int, int]) -> None:
         """Warn once where a block attends to a window only: its map is compared without it."""

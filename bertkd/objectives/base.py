@@ -32,6 +32,13 @@ class Needs:
     teacher_logits: bool = False
     labels: bool = False
     index: bool = False
+    teacher_parts: frozenset[str] = (
+        frozenset()
+    )  # "q", "k", "v" of the teacher's blocks; all if empty
+
+    def __post_init__(self) -> None:
+        if self.teacher_blocks and not self.teacher_parts:
+            object.__setattr__(self, "teacher_parts", frozenset("qkv"))
 
     def __or__(self, other: Needs) -> Needs:
         """The needs of both."""

@@ -21,6 +21,7 @@ class AttMSE(AttentionTerm):
     """
 
     kind: ClassVar[str] = "att_mse"
+    PARTS: ClassVar[str] = "qk"
     RELEASED: ClassVar[Mapping[str, Any]] = {
         "map": "uniform",
         "count_pads": True,
@@ -78,6 +79,7 @@ class AttKL(RelationTerm):
     """
 
     kind: ClassVar[str] = "att_kl"
+    PARTS: ClassVar[str] = "qk"
     RELEASED: ClassVar[Mapping[str, Any]] = {
         "map": "uniform",
         "count_pads": True,

@@ -22,6 +22,7 @@ class ValKL(RelationTerm):
     """
 
     kind: ClassVar[str] = "val_kl"
+    PARTS: ClassVar[str] = "v"
     SCALES: ClassVar[tuple[str, ...]] = ("own", "student")
     RELEASED: ClassVar[Mapping[str, Any]] = {
         "map": "uniform",

@@ -75,7 +75,7 @@ for _form in ("short", "self_short"):
     _ship(_BOTH, f"{_form}_64", 16, *[(64, 64, 4, 1)] * 4)
     _ship((80,), _form, 16, (128, 128, 8, 1), (128, 128, 8, 1), None, None)
     _ship(_BOTH, f"{_form}_16", 32, (16, 16, 1, 1), (16, 16, 1, 1), (16, 16, 2, 1), None)
-    _ship(_BOTH, f"{_form}_32", 32, (32, 32, 4, 1), (32, 32, 4, 1), None, None)
+    _ship(_BOTH, f"{_form}_32", 32, None, (32, 32, 4, 1), None, None)
     _ship(_BOTH, _form, 32, None, None, None, None)
     _ship((80,), f"{_form}_64", 32, (64, 64, 8, 1), None, None, None)
     _ship((90,), f"{_form}_64", 32, (64, 64, 8, 1), (64, 64, 8, 1), None, None)
