@@ -36,8 +36,9 @@ def _of_device(rows: Sequence[Row]) -> str:
     ops = [r for r in rows if r.kind == "op" and r.mode == "fwd_bwd" and r.op in OPS]
     steps = [r for r in rows if r.kind == "step"]
     torch = some.torch.partition("+")[0]
+    commits = ", ".join(dict.fromkeys(row.commit or "-" for row in [*ops, *steps]))
     head = (
-        f"On {some.device}, {some.threads} threads, torch {torch} (commit {some.commit or '-'}): median\n"
+        f"On {some.device}, {some.threads} threads, torch {torch} (commit {commits}): median\n"
         "time, gain, and peak memory beyond the inputs (of a step: beyond weights and optimiser state):"
     )
     lines = [_line("loss, forward and backward", impls), "|---|---|" + "---|" * len(impls)]
