@@ -149,6 +149,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(place, tmp_path, capsys):
         (["--lr", "-1"], "lr"),
         (["--impl", "cudaa"], "cuda"),
         (["--text", "also.txt"], "not both"),
+        (["--seed", "-1"], "seed must lie between 0 and"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_written(words, message, place, tmp_path, capsys):
@@ -159,6 +160,17 @@ def test_wrong_input_is_refused_before_anything_is_written(words, message, place
     assert text.startswith("bertkd distill: error: ")
     assert len(text.splitlines()) == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("", "name a JSON file"), (".", "is no file"), ("no/x.json", "'no'")]
+)
+def test_where_scores_cannot_go_is_told_before_any_work(output, message, capsys):
+    words = ["--model", "never-loaded", "--task", "never-loaded", "--output", output]
+    assert main(["evaluate", *words]) == 2
+    text = capsys.readouterr().err
+    assert f"output={output!r}" in text
+    assert message in text
 
 
 def test_data_and_teachers_that_do_not_fit(place, tmp_path, capsys):

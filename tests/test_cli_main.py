@@ -7,6 +7,7 @@ import bertkd
 from bertkd.cli import info
 from bertkd.cli.main import COMMANDS, STUDIES, build_parser, main
 from bertkd.cli.parser import command_parser
+from bertkd.cli.plain import TORCH_ALONE, config_from, plain_command_parser
 
 
 def fail_with(monkeypatch, error, *, while_running):
@@ -48,7 +49,23 @@ def test_version_in_a_process_of_its_own():
         (["distill", "--teachr", "t"], "Did you mean --teacher?"),
         (["distill", "--teacher", "t", "--output_dir", "o", "--steps", "many"], "steps"),
         (["distill", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["study"], "topic"),
+        (["study"], "bertkd study: error: name one of: topic."),
+        (
+            ["study", "topic", "--seeds", "x"],
+            "bertkd study topic: error: --seeds: Expected an int.",
+        ),
+        (["distill", "--teacher", "t"], "bertkd distill: error: the following"),
+        (["evaluate"], "arguments are required: --model\n"),
+        (["bench", "--rounds", "x"], "--rounds: Expected an int. Got value: x"),
+        (["verify", "--ops", "logit_kl"], '--ops: Expected a list, e.g. "[a,b]". Got value'),
+        (
+            ["finetune", "--model", "m", "--output_dir", "o", "--precision", "fp8"],
+            "--precision: Expected one of 'fp32', 'bf16', 'fp16' or null. Got value: fp8",
+        ),
+        (
+            ["finetune", "--model", "m", "--output_dir", "o", "--resume", "maybe"],
+            "--resume: Expected bool or one of 'last-good'. Got value: maybe",
+        ),
     ],
 )
 def test_wrong_usage_is_one_short_paragraph_and_code_2(words, message, capsys):
@@ -104,8 +121,9 @@ def test_exit_codes(error, while_running, code, monkeypatch, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_interrupted(monkeypatch, capsys):
-    fail_with(monkeypatch, KeyboardInterrupt(), while_running=True)
+@pytest.mark.parametrize("while_running", [False, True])
+def test_interrupted(while_running, monkeypatch, capsys):
+    fail_with(monkeypatch, KeyboardInterrupt(), while_running=while_running)
     assert main(["info"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -114,6 +132,92 @@ def test_bugs_are_not_dressed_up(monkeypatch):
     fail_with(monkeypatch, AssertionError("a bug"), while_running=True)
     with pytest.raises(AssertionError):
         main(["info"])
+
+
+def test_a_study_is_called_by_both_its_words(capsys):
+    assert main(["study", "topic", "--seeds", "0"]) == 2
+    assert capsys.readouterr().err.startswith("bertkd study topic: error: seeds must be")
+
+
+@pytest.mark.parametrize("module", ["bertkd", "bertkd.bench"])
+def test_nobody_reads_to_the_end(module):
+    words = ["bench", "--list"] if module == "bertkd" else ["--list"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *words, "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+def without(modules, *words):
+    """Run ``bertkd`` in a process that lacks these modules."""
+    code = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name.partition('.')[0] in {modules!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "from bertkd.cli.main import main\n"
+        "sys.exit(main())\n"
+    )
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+
+
+TRAIN = ["jsonargparse", "docstring_parser", "yaml", "transformers", "accelerate", "datasets"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--version"], f"bertkd {bertkd.__version__}"),
+        (["info"], "attention_kl on cpu"),
+        (["bench", "--list", "--device", "cpu"], "relation_kl[B8 H12 L128 Ds64 Dt64 float32]"),
+        (
+            ["verify", "--impls", "[chunked]", "--device", "cpu", "--help"],
+            "Width of the attention heads of both sides.",
+        ),
+        (["tune", "--help"], "Kernel forms to tune. Default: all."),
+    ],
+)
+def test_commands_that_need_torch_alone_run_without_the_rest(words, text):
+    done = without(TRAIN, *words)
+    assert done.returncode == 0, done.stderr
+    assert text in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        (TRAIN, ["distill", "--teacher", "t", "--output_dir", "o"]),
+        (["yaml"], ["study", "topic"]),
+        (["docstring_parser"], ["--help"]),
+        (["accelerate"], ["finetune", "--model", "m", "--output_dir", "o"]),
+        (["transformers"], ["evaluate", "--model", "m", "--task", "t"]),
+    ],
+)
+def test_a_missing_library_is_one_line_that_says_what_installs_it(modules, words):
+    done = without(modules, *words)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"No module named {modules[0]!r}; pip install 'bertkd[train]' brings it" in done.stderr
+
+
+def test_plain_options_are_read_as_the_others_are():
+    parser = plain_command_parser("verify", COMMANDS["verify"].Config)
+    words = ["--ops", "[attention_kl, 'logit_kl']", "--dtypes=float16", "--length", "7", "--debug"]
+    plain = vars(parser.parse_args(words))
+    values = build_parser().parse_args(["verify", *words[:2], "--dtypes=[float16]", *words[3:]])
+    config = COMMANDS["verify"].Config
+    assert config_from(config, plain) == config_from(config, values.verify)
+    assert plain["debug"] is True
+    for name in TORCH_ALONE:
+        actions = plain_command_parser(name, COMMANDS[name].Config)._actions
+        assert [action.dest for action in actions if not action.help] == []
 
 
 def test_info_tells_versions_devices_and_reasons(capsys):

@@ -47,8 +47,32 @@ def test_a_kernel_that_raises_is_a_finding_too(capsys, monkeypatch):
         (["--impls", "[cuda]", "--device", "cpu"], "impls: 'cuda' cannot run here"),
         (["--dtypes", "[fp8]"], "unknown dtype 'fp8'"),
         (["--length", "0"], "length must be at least 1, got 0"),
+        (["--dtypes", "[]"], "dtypes is empty"),
+        (["--device", "cpux"], "device must be 'cpu', 'cuda' or 'cuda:N', got 'cpux'"),
+        (["--device", "meta"], "got 'meta'"),
+        (["--device", "cuda:99"], "device='cuda:99': "),
     ],
 )
 def test_wrong_options_end_with_code_2(words, message, capsys):
     assert main(["verify", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_nothing_checked_is_not_all_right(capsys, monkeypatch):
+    from bertkd.ops import triton
+
+    monkeypatch.setattr(triton, "refusal", lambda *_: "it is too small")
+    assert main(SMALL) == 1
+    captured = capsys.readouterr()
+    assert "not run: it is too small" in captured.out
+    assert "nothing was checked on cpu" in captured.err
+
+
+def test_what_does_not_fit_is_one_line(capsys):
+    assert main([*SMALL, "--length", "100000000000"]) == 1
+    assert "softmax_kl do not fit into memory; lower --batch_size" in capsys.readouterr().err
+
+
+def test_a_name_given_twice_is_checked_once(capsys):
+    assert main([*SMALL, "--impls", "[triton,triton]", "--dtypes", "[float32,float32]"]) == 0
+    assert "1 results checked" in capsys.readouterr().out

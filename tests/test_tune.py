@@ -64,6 +64,15 @@ def test_wrong_and_failing_candidates_are_out(pretended_gpu, monkeypatch):
     assert found.config == found.shipped
 
 
+def test_what_a_budget_leaves_out_is_named(pretended_gpu, monkeypatch):
+    clock = iter([0.0, 1000.0])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+    said = []
+    found = tune.tune([torch.float32], [16], device="cpu", budget_minutes=1, say=said.append)
+    assert list(found) == []
+    assert said == ["left out for want of time (1): grad_rows/32/16"]
+
+
 def test_a_gpu_is_needed_and_options_are_checked(capsys):
     assert main(["tune", "--forms", "[grad_row]"]) == 2
     assert "unknown form 'grad_row'. Did you mean 'grad_rows'" in capsys.readouterr().err
@@ -71,6 +80,14 @@ def test_a_gpu_is_needed_and_options_are_checked(capsys):
     assert "unknown dtype 'int8'" in capsys.readouterr().err
     assert main(["tune", "--head_widths", "[200]"]) == 2
     assert "between 1 and 128, got 200" in capsys.readouterr().err
+    for words, message in (
+        (["--budget_minutes", "0"], "budget_minutes must be positive, got 0.0"),
+        (["--budget_minutes", "-1"], "budget_minutes must be positive, got -1.0"),
+        (["--head_widths", "[]"], "head_widths is empty"),
+        (["--dtypes", "[]"], "dtypes is empty"),
+    ):
+        assert main(["tune", *words]) == 2
+        assert message in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert main(["tune"]) == 2
         assert "no CUDA device was found" in capsys.readouterr().err

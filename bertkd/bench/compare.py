@@ -18,10 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from bertkd.bench.cases import Case
 from bertkd.bench.contestants import MODES, OURS
+from bertkd.bench.environment import find_device
 from bertkd.bench.runner import all_cases
 from bertkd.bench.selection import known_values, parse_selection
 from bertkd.bench.step_models import PAIRS
@@ -90,15 +89,19 @@ def main(words: Sequence[str]) -> int:
     Raises:
         ValueError: no such commit, no git checkout, or a selection of nothing.
     """
-    parser = argparse.ArgumentParser(prog="python -m bertkd.bench compare")
+    parser = argparse.ArgumentParser(prog="python -m bertkd.bench compare", allow_abbrev=False)
     parser.add_argument("--base", required=True, help="commit to compare this tree with")
     parser.add_argument("--select", default=DEFAULT, help="as for the benchmark")
     parser.add_argument("--pairs", type=int, default=5, help="processes of either side a case")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds a process")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     args = parser.parse_args(words)
+    args.device = str(find_device(args.device))
+    for name in ("pairs", "rounds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}.")
     root = Path(__file__).resolve().parents[2]
-    cases = all_cases(args.device)
+    cases = all_cases(args.device.partition(":")[0])
     selection = parse_selection(args.select, known_values(cases, impl=OURS, mode=(*MODES, "step")))
     jobs = [
         (case, impl, mode)

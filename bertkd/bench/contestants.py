@@ -12,10 +12,9 @@ import torch
 from bertkd.bench import peers
 from bertkd.bench.cases import Case
 from bertkd.bench.ops import SPECS
-from bertkd.bench.spec import Inputs, Loss
+from bertkd.bench.spec import OURS, Inputs, Loss
 from bertkd.ops.dispatch import unavailable
 
-OURS = ("chunked", "native", "triton", "cuda")
 # eager: PyTorch as the paper's code writes it. products: its matrix products alone, a bound and no loss.
 IMPLS = ("eager", "compile", "products", "flex", "sdpa", "textbrewer", "liger", "linearard", *OURS)
 MODES = ("fwd", "fwd_bwd")

@@ -16,6 +16,24 @@ import torch
 PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "textbrewer")
 
 
+def find_device(name: str | None) -> torch.device:
+    """The device of a name; without one the GPU if there is one.
+
+    Raises:
+        ValueError: it is neither "cpu" nor a CUDA device that is there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if count else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {name!r}.")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"there are {count}, counted from 0" if count else "no CUDA device is there"
+        raise ValueError(f"device={name!r}: {found}. Use another one, or 'cpu'.")
+    return device
+
+
 def device_name(device: torch.device) -> str:
     """The device as its maker calls it."""
     if device.type == "cuda":

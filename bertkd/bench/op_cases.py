@@ -19,6 +19,7 @@ from bertkd.bench.selection import Selection
 from bertkd.bench.spec import Inputs, Loss
 from bertkd.bench.timing import (
     GraphReplay,
+    check_device,
     input_sets,
     interleaved,
     ratios,
@@ -77,6 +78,9 @@ def run_case(case: Case, settings: Settings) -> Iterator[Row]:
                 admitted[impl] = error
             elif wanted:
                 yield row(metric="time", unit="ms", status=status, note=note)
+            if status == "error":
+                # Or every contestant after it would be blamed, and lose what was measured of it before.
+                check_device(settings.device)
         yield from _measure(case, mode, inputs, admitted, losses, settings)
 
 

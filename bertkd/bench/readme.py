@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from bertkd.bench.record import Row, read_rows
+from bertkd.bench.spec import OURS
 from bertkd.bench.summary import number
 from bertkd.study.files import write_text
 
@@ -14,7 +16,6 @@ END = "<!-- measured:end -->"
 
 OPS = ("relation_kl", "self_relation_kl", "attention_mse", "softmax_kl", "linear_kl")
 ATTENTION = "self_attention"
-OURS = ("chunked", "native", "triton", "cuda")
 SDPA = ("sdpa", "native")  # who attends, in the table of the networks' own attention
 
 
@@ -111,11 +112,14 @@ def committed_rows(root: Path) -> list[Row]:
 
 def main(words: Sequence[str]) -> int:
     """Write the block, or with ``--check`` say whether it is up to date."""
+    parser = argparse.ArgumentParser(prog="python -m bertkd.bench readme", allow_abbrev=False)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if it is outdated")
+    check = parser.parse_args(words).check
     root = Path(__file__).resolve().parents[2]
     path = root / "README.md"
     old = path.read_text(encoding="utf-8")
     new = replace(old, block(committed_rows(root)))
-    if "--check" in words:
+    if check:
         if new != old:
             print("README.md differs from benchmarks/results; run `python -m bertkd.bench readme`")
         return int(new != old)

@@ -119,7 +119,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it has other columns.
+        ValueError: it has other columns, or a line that is none of them; says which.
     """
     with Path(path).open(newline="", encoding="utf-8") as handle:
         reader = csv.DictReader(handle)
@@ -128,7 +128,13 @@ def read_rows(path: str | Path) -> list[Row]:
                 f"{path} has the columns {reader.fieldnames}, not those of this version; measure again "
                 "into a new folder."
             )
-        return [_row(cells) for cells in reader]
+        rows = []
+        for cells in reader:
+            try:
+                rows.append(_row(cells))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+        return rows
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

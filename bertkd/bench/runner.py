@@ -8,7 +8,6 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import torch
 
 from bertkd.bench import environment, summary
 from bertkd.bench.cases import Case, cases_for
-from bertkd.bench.contestants import IMPLS, MODES
+from bertkd.bench.commandline import Options
+from bertkd.bench.contestants import IMPLS, MODES, OURS
 from bertkd.bench.ddp import ddp_cases_for, run_ddp
 from bertkd.bench.op_cases import Settings, first_line, run_case
 from bertkd.bench.record import Row, merge, read_rows, write_rows
@@ -26,25 +26,10 @@ from bertkd.bench.selection import Selection, known_values, parse_selection
 from bertkd.bench.step_cases import step_cases_for
 from bertkd.bench.step_models import PAIRS
 from bertkd.bench.step_runs import run_step
-from bertkd.bench.timing import release_memory
+from bertkd.bench.timing import DeviceLost, check_device, release_memory
 from bertkd.study.files import claim_output_dir, write_json, write_text
 
 RESULTS, ENVIRONMENT, SUMMARY = "results.csv", "environment.json", "summary.md"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``bertkd bench`` takes; see its help."""
-
-    select: str | None = None
-    device: str | None = None
-    output_dir: str | None = None
-    rounds: int = 15
-    seconds: float = 15.0
-    budget_minutes: float | None = None
-    memory: bool = True
-    largest_batch: bool = True
-    plots: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,13 +49,15 @@ def plan(options: Options) -> Job:
     Raises:
         ValueError: a device that is not there, a number that makes no sense, a selection of nothing.
     """
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={options.device!r}: no CUDA device is there. Use device='cpu'.")
+    device = environment.find_device(options.device)
     if options.rounds < 3:
         raise ValueError(f"rounds must be at least 3 for a median, got {options.rounds}.")
-    if options.budget_minutes is not None and options.budget_minutes <= 0:
-        raise ValueError(f"budget_minutes must be positive, got {options.budget_minutes}.")
+    for name in ("seconds", "budget_minutes"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}.")
+    if options.output_dir == "":
+        raise ValueError("output_dir is empty; name a folder, or leave it out.")
     cases = all_cases(device.type)
     selection = parse_selection(
         options.select, known_values(cases, impl=IMPLS, mode=(*MODES, "step"))
@@ -99,18 +86,24 @@ def output_folder(path: str | None, device: torch.device) -> Path:
 def run(job: Job, say: Callable[[str], object] = print, *, apart: bool = False) -> list[Row]:
     """Measure, write CSV, environment, summary and plots, and say the short table last.
 
+    A GPU that fails for good ends the run: what was not started is named, and no later case is blamed for it.
+
     Args:
         apart: on a CPU, measure each case in a process of its own.
     """
+    if job.device.index is not None:
+        torch.cuda.set_device(job.device)
     folder = claim_output_dir(job.output_dir, "bench", reuse=True)
     path = folder / RESULTS
     before = read_rows(path) if path.exists() else []
     rows: list[Row] = []
-    left_out = []
+    left_out: list[str] = []
+    lost = ""
     facts = environment.describe(job.device)
     stamp = environment.stamp(job.device)
     ceilings = MeasuredCeilings(job.device)
     settings = settings_of(job, stamp, ceilings)
+    on_cpu = job.device.type == "cpu"
     say(
         f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}; {len(job.cases)} cases"
     )
@@ -118,21 +111,53 @@ def run(job: Job, say: Callable[[str], object] = print, *, apart: bool = False) 
     started = time.perf_counter()
     for number, case in enumerate(job.cases, 1):
         spent = (time.perf_counter() - started) / 60
-        if job.options.budget_minutes is not None and spent >= job.options.budget_minutes:
+        late = job.options.budget_minutes is not None and spent >= job.options.budget_minutes
+        if late or lost:
             left_out.append(case.name)
             continue
         say(f"[{number}/{len(job.cases)}] {case.name}  ({spent:.1f} min)")
-        rows += (measured_apart if apart and job.device.type == "cpu" else measured)(case, settings)
+        try:
+            found = list((measured_apart if apart and on_cpu else measured)(case, settings))
+        except KeyboardInterrupt:
+            if rows:
+                say(f"interrupted; the {number - 1} cases before this one are kept in {path}")
+            raise
+        rows += found
         # After every case, so that a killed run loses one case only.
         write_rows(path, merge(before, [*rows, *ceiling_rows(ceilings, stamp)]))
-    facts["left_out"] = left_out
+        if any(row.status == "error" for row in found):
+            try:
+                check_device(job.device)
+            except DeviceLost as reason:
+                lost = str(reason)
+    facts["left_out"], facts["left_out_because"] = left_out, lost or "want of time"
     facts["minutes"] = round((time.perf_counter() - started) / 60, 2)
-    facts["clocks_after"] = environment.clocks() if job.device.type == "cuda" else ""
+    facts["clocks_after"] = "" if on_cpu else environment.clocks()
     write_json(folder / ENVIRONMENT, facts)
     if left_out:
-        say(f"left out for want of time ({len(left_out)}): " + "; ".join(left_out))
+        why = facts["left_out_because"]
+        say(f"left out for {why} ({len(left_out)}): " + "; ".join(left_out))
     say(report(folder, plots=job.options.plots, new=rows))
     return rows
+
+
+def run_apart(job: Job, say: Callable[[str], object] = print) -> None:
+    """``run`` with its cases apart, as the commands do.
+
+    Raises:
+        ValueError: a result of bertkd's was wrong or failed, or a case did as a whole; all is written by then.
+    """
+    failed = [
+        row
+        for row in run(job, say, apart=True)
+        if row.status in ("red", "error") and row.impl in (*OURS, "*")
+    ]
+    if failed:
+        first = failed[0]
+        raise ValueError(
+            f"{len(failed)} measurements failed or were wrong, {SUMMARY} lists them; the first: "
+            f"{summary.case_name(first)}, {first.impl}: {first.note or first.status}"
+        )
 
 
 def report(folder: Path, *, plots: bool = True, new: Sequence[Row] | None = None) -> str:
@@ -194,13 +219,13 @@ def measured_apart(case: Case, settings: Settings) -> list[Row]:
     Whether the maps of eager PyTorch cost page faults (half of its time) depends on the holes that earlier cases
     left in the heap; in a fresh process every case finds what a user's program finds.
     """
-    if settings.ceilings is not None:
-        settings.ceilings(case.dtype)  # once for all cases
     context = multiprocessing.get_context("spawn")
     try:
+        if settings.ceilings is not None:
+            settings.ceilings(case.dtype)  # once for all cases
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(_rows_of, case, settings, torch.get_num_threads()).result()
-    except (BrokenProcessPool, OSError) as failure:
+    except Exception as failure:  # the process died, or its answer cannot be sent
         return [_failed(case, settings, failure)]
 
 
@@ -212,6 +237,8 @@ def _rows_of(case: Case, settings: Settings, threads: int) -> list[Row]:
 def _failed(case: Case, settings: Settings, failure: Exception) -> Row:
     note = f"{type(failure).__name__}: {first_line(failure)}"
     status = "oom" if isinstance(failure, torch.OutOfMemoryError) else "error"
+    if isinstance(failure, ModuleNotFoundError):
+        status = "unavailable"
     return Row(**case.columns, impl="*", metric="time", status=status, note=note, **settings.stamp)
 
 

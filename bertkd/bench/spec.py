@@ -12,6 +12,9 @@ from torch import Tensor
 from bertkd.bench.cases import Case
 from bertkd.bench.lengths import glue_lengths
 
+# bertkd's implementations, in the order of tables.
+OURS = ("chunked", "native", "triton", "cuda")
+
 
 class Inputs(NamedTuple):
     """Tensors of a case: the student's get gradients; ``mask`` is (B, L) bool or None."""
@@ -67,7 +70,7 @@ class Spec:
     part_of: Callable[[Inputs, list[Tensor]], list[Tensor | None]]
     work: Callable[[Case, bool], Work]
     bare: Callable[[Inputs], object] | None = None
-    impls: tuple[str, ...] = ("chunked", "native", "triton", "cuda")
+    impls: tuple[str, ...] = OURS
 
 
 def random_tensor(

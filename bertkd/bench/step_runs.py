@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from functools import partial
 
@@ -13,7 +14,7 @@ from bertkd.bench.contestants import OURS
 from bertkd.bench.op_cases import BASELINE, Settings, first_line
 from bertkd.bench.record import Row
 from bertkd.bench.step_cases import Trainer, prepared
-from bertkd.bench.timing import interleaved, ratios, release_memory, spread
+from bertkd.bench.timing import check_device, interleaved, ratios, release_memory, spread
 from bertkd.ops.dispatch import unavailable
 from bertkd.ops.verify import relative_error
 
@@ -51,9 +52,17 @@ def run_step(case: Case, settings: Settings) -> Iterator[Row]:
         except torch.OutOfMemoryError:
             status, note = "oom", "out of memory"
         except Exception as failure:  # a contestant's failure is its own, the others go on
-            status, note = "error", f"{type(failure).__name__}: {first_line(failure)}"
+            refused = str(failure).startswith(f"impl={impl!r} cannot run")
+            status = "unavailable" if refused else "error"
+            note = (
+                first_line(failure)
+                if refused
+                else f"{type(failure).__name__}: {first_line(failure)}"
+            )
         if status != "ok":
             yield row(impl=impl, metric="time", unit="ms", status=status, note=note)
+        if status == "error":
+            check_device(settings.device)
     yield from _measure(case, trainers, errors, row, settings)
 
 
@@ -112,6 +121,10 @@ def _measure(case, trainers, errors, row, settings) -> Iterator[Row]:
             gain = spread(ratios(times[BASELINE], times[impl]))
             yield common(metric="speedup", unit="x", against=BASELINE, **gain._asdict())
     names = [impl for impl in trainers if settings.selection.allows("impl", impl)]
+    # Eager's largest batch is worth knowing even where this one did not fit.
+    filled = [BASELINE] if settings.selection.allows("impl", BASELINE) else []
+    ours = [impl for impl in names if impl != BASELINE]
+    filled += sorted(ours, key=lambda impl: statistics.median(times[impl]))[:1]
     if settings.weigh and on_cuda:
         for impl in names:
             peak = memory.peak_on_cuda(trainers[impl], settings.device)
@@ -121,7 +134,7 @@ def _measure(case, trainers, errors, row, settings) -> Iterator[Row]:
     if settings.weigh and not on_cuda:
         yield from _weigh(case, names, row)
     if settings.fill and on_cuda:
-        yield from _fill(case, names, row, settings)
+        yield from _fill(case, filled, row, settings)
 
 
 def _weigh(case, names, row) -> Iterator[Row]:
@@ -135,23 +148,34 @@ def _weigh(case, names, row) -> Iterator[Row]:
 
 
 def _fill(case, names, row, settings) -> Iterator[Row]:
-    """Largest batch that fits, of eager and the best of ours; for the first cases only, as it takes many steps."""
+    """Largest batch that fits; for the first cases only, as it takes many steps."""
     if case.importance > 1 or case.padding != "full":
         return
-    for impl in (BASELINE, *[name for name in names if name != BASELINE][-1:]):
-        trainer = Trainer(case, impl, settings.device)
+    for impl in names:
+        trainer: Trainer | None = None
+        try:
+            trainer = Trainer(case, impl, settings.device)
+            largest = largest_that(partial(_fits, trainer), case.batch)
+        except Exception as failure:  # whatever a batch too large does but run out of memory
+            note = f"{type(failure).__name__}: {first_line(failure)}"
+            yield row(
+                impl=impl, metric="largest_batch", unit="sequences", status="error", note=note
+            )
+            check_device(settings.device)
+        else:
+            yield row(impl=impl, metric="largest_batch", unit="sequences", p50=largest, rounds=1)
+        finally:
+            trainer = None  # its memory is the next one's
 
-        def fits(batch: int, trainer: Trainer = trainer) -> bool:
-            release_memory()
-            try:
-                trainer.resize(batch)
-                trainer()
-                return True
-            except torch.OutOfMemoryError:
-                return False
 
-        largest = largest_that(fits, case.batch)
-        yield row(impl=impl, metric="largest_batch", unit="sequences", p50=largest, rounds=1)
+def _fits(trainer: Trainer, batch: int) -> bool:
+    release_memory()
+    try:
+        trainer.resize(batch)
+        trainer()
+        return True
+    except torch.OutOfMemoryError:
+        return False
 
 
 def largest_that(fits, start: int, most: int = 16384) -> int:

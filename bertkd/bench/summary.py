@@ -191,7 +191,8 @@ def _missing(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         f"- {impl}: {status}, {note or 'no reason given'} ({count} measurements)"
         for (impl, status, note), count in sorted(reasons.items())
     ]
-    lines += [f"- left out for want of time: {name}" for name in facts.get("left_out", [])]
+    why = facts.get("left_out_because", "want of time")
+    lines += [f"- left out for {why}: {name}" for name in facts.get("left_out", [])]
     return "## Not measured\n\n" + "\n".join(lines) if lines else ""
 
 

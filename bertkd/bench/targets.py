@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from bertkd.bench.cases import LETTERS
 from bertkd.bench.record import Row
+from bertkd.bench.spec import OURS
 
 
 class Target(NamedTuple):
@@ -56,13 +57,12 @@ def _kernel(
 
 
 def _step(device: str, op: str, shape: str, factor: float, dtype: str, metric: str = "time"):
-    impls = ("chunked", *FUSED)
-    return Target(device, op, shape, "step", impls, "eager", metric, factor, dtype)
+    return Target(device, op, shape, "step", OURS, "eager", metric, factor, dtype)
 
 
 _BF16, _FP32 = "bfloat16", "float32"
 _BASE, _MINILM = "bert_base_to_6", "minilm_l6_to_3"
-_DECODERS = ("linear_kl", "Ds768", "fwd_bwd", ("chunked", *FUSED), "eager")
+_DECODERS = ("linear_kl", "Ds768", "fwd_bwd", OURS, "eager")
 
 TARGETS: list[Target] = [
     *_kernel("gpu", _GPU_SHAPES, FUSED, "eager", (5, 10, 20), _BF16),

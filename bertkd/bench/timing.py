@@ -80,6 +80,25 @@ def interleaved(
     return times
 
 
+class DeviceLost(RuntimeError):
+    """The GPU fails whatever this process asks of it, as after an illegal memory access."""
+
+
+def check_device(device: torch.device) -> None:
+    """Find out after an error whether it was that of one call, or leaves the device unusable.
+
+    Raises:
+        DeviceLost: the GPU is of no more use to this process.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise DeviceLost(f"the GPU is lost to this process: {first}") from error
+
+
 class GraphReplay:
     """A CUDA graph of one call per set of inputs; a replay visits them all, so that L2 is cold for each.
 

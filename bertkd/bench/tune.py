@@ -62,6 +62,7 @@ def tune(
     budget_minutes: float | None = None,
     tokens: int = TOKENS,
     timer: Timer | None = None,
+    say: Callable[[str], object] = print,
 ) -> Iterator[Found]:
     """Try every candidate of every form, one configuration at a time, and store what is faster.
 
@@ -73,6 +74,7 @@ def tune(
         device: a CUDA device.
         budget_minutes: start no further form after this time.
         tokens: B * L of the timed cases.
+        say: told what was left out.
         timer: milliseconds of a call; by default the median of replays of a CUDA graph.
 
     Yields:
@@ -81,12 +83,14 @@ def tune(
     started = time.monotonic()
     name = torch.cuda.get_device_name(device)
     major, minor = torch.cuda.get_device_capability(device)
+    left_out = []
     for dtype in dtypes:
         for width in widths:
             for form in (form for form in WORKLOADS if form in forms):
-                if budget_minutes and time.monotonic() - started > 60 * budget_minutes:
-                    return
                 key = tuned_key(form, 8 * dtype.itemsize, width)
+                if budget_minutes and time.monotonic() - started > 60 * budget_minutes:
+                    left_out.append(key)
+                    continue
                 tried = list(candidates(form, 8 * dtype.itemsize, width, 10 * major + minor))
                 found = _best(form, key, tried, dtype, width, device, tokens, timer or _median)
                 if found is None:
@@ -94,6 +98,8 @@ def tune(
                 if found.is_faster:
                     write_tuned(name, {key: found.config})
                 yield found
+    if left_out:
+        say(f"left out for want of time ({len(left_out)}): " + ", ".join(left_out))
 
 
 def _best(form, key, tried, dtype, width, device, tokens, timer) -> Found | None:

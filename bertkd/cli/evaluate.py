@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bertkd.cli.options import TaskOptions
@@ -45,6 +47,8 @@ def prepare(config: Config) -> Callable[[], None]:
 
     if config.task is None:
         raise ValueError("no data: give --task (a task's name or a file).")
+    if config.output is not None:
+        _check_output(config.output)
     tokenizer = load_tokenizer(config.model, "model")
     workload = config.workload(config.task, tokenizer, config.max_length)
     workload.judge(config.split)
@@ -59,6 +63,17 @@ def prepare(config: Config) -> Callable[[], None]:
             )
         models[name] = load_model(path, name, workload.head)
     return lambda: _run(config, workload, models)
+
+
+def _check_output(path: str) -> None:
+    """Before minutes of work, not after them."""
+    if not path or Path(path).is_dir():
+        raise ValueError(f"output={path!r} is no file; name a JSON file.")
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ValueError(f"output={path!r}: there is no folder {str(folder)!r}; make it first.")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"output={path!r}: the folder {str(folder)!r} cannot be written to.")
 
 
 def _run(config: Config, workload: Workload, models: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """``bertkd``: the commands, their errors and exit codes.
 
 0: all went well. 1: something failed while running. 2: the command or its configuration is wrong;
-nothing has been trained or written. 130: interrupted.
+nothing has been trained or written. 130: interrupted. 141: nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-
-from jsonargparse import Namespace
+from typing import TYPE_CHECKING, Any
 
 import bertkd
+from bertkd.bench.commandline import BROKEN_PIPE, INTERRUPTED, stop_writing
 from bertkd.cli import bench, demo, distill, evaluate, finetune, info, topic, tune, verify
-from bertkd.cli.parser import (
-    USAGE_ERROR,
-    CommandParser,
-    command_parser,
-    config_from,
-    with_underscores,
-)
+from bertkd.cli.plain import TORCH_ALONE, config_from, plain_command_parser, with_underscores
 from bertkd.errors import CheckpointError, NonFiniteError
+
+if TYPE_CHECKING:
+    from bertkd.cli.parser import CommandParser
 
 COMMANDS = {
     "finetune": finetune,
@@ -38,7 +35,17 @@ COMMANDS = {
 }
 STUDIES = {"topic": topic}
 
-OK, RUNTIME_ERROR, INTERRUPTED = 0, 1, 130
+OK, RUNTIME_ERROR, USAGE_ERROR = 0, 1, 2
+
+# What installs an optional library, by the name that it is imported by.
+EXTRAS = {
+    **dict.fromkeys(
+        ("transformers", "accelerate", "datasets", "safetensors", "sklearn", "scipy", "matplotlib"),
+        "train",
+    ),
+    **dict.fromkeys(("jsonargparse", "docstring_parser", "yaml", "tensorboard", "tqdm"), "train"),
+    "triton": "triton",
+}
 
 DESCRIPTION = """Distil BERT-family encoders into smaller ones. Start with `bertkd demo`; for a task of
 your own, `bertkd finetune` makes a teacher and `bertkd distill` a student of it."""
@@ -58,27 +65,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     words = with_underscores(sys.argv[1:] if argv is None else argv)
-    values = build_parser().parse_args(words or ["--help"])
+    try:
+        name, command, values = _parsed(words or ["--help"])
+        with warnings.catch_warnings():
+            # Users need what a warning says, not the line of code that says it.
+            warnings.showwarning = lambda message, *_: logging.warning("%s", message)
+            code = _run(name, command, values)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        stop_writing()
+        return BROKEN_PIPE
+
+
+def _parsed(words: Sequence[str]) -> tuple[str, ModuleType, dict[str, Any]]:
+    """Name and module of the command, and the values of its options."""
+    try:
+        parser = build_parser()
+    except ImportError as missing:
+        return _plainly_parsed(words, missing)
+    values = parser.parse_args(list(words))
     name, known, values = values.command, COMMANDS, values[values.command]
     if name == "study":
         name, known, values = values.study, STUDIES, values[values.study]
-    with warnings.catch_warnings():
-        # Users need what a warning says, not the line of code that says it.
-        warnings.showwarning = lambda message, *_: logging.warning("%s", message)
-        return _run(name, known[name], values)
+        return f"study {name}", known[name], values.as_dict()
+    return name, known[name], values.as_dict()
 
 
-def _run(name: str, command: ModuleType, values: Namespace) -> int:
+def _plainly_parsed(
+    words: Sequence[str], missing: ImportError
+) -> tuple[str, ModuleType, dict[str, Any]]:
+    """The same without jsonargparse, for the commands that need torch alone."""
+    name = words[0]
+    if name == "--version":
+        print(f"bertkd {bertkd.__version__}")
+        raise SystemExit(OK)
+    if name in TORCH_ALONE:
+        values = plain_command_parser(name, COMMANDS[name].Config).parse_args(words[1:])
+        return name, COMMANDS[name], vars(values)
+    alone = f"Without it there are {', '.join(f'`bertkd {each}`' for each in TORCH_ALONE)}."
+    print(f"bertkd: error: {_said(missing)}. {alone}", file=sys.stderr)
+    raise SystemExit(RUNTIME_ERROR)
+
+
+def _run(name: str, command: ModuleType, values: dict[str, Any]) -> int:
+    debug = values["debug"]
     try:
-        run = command.prepare(config_from(command.Config, values))
-    except (ValueError, TypeError, OSError) as error:
-        return _failed(name, error, USAGE_ERROR, values.debug)
-    except (CheckpointError, ImportError) as error:
-        return _failed(name, error, RUNTIME_ERROR, values.debug)
-    try:
+        try:
+            run = command.prepare(config_from(command.Config, values))
+        except BrokenPipeError:
+            raise
+        except (ValueError, TypeError, OSError) as error:
+            return _failed(name, error, USAGE_ERROR, debug)
         run()
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
-        return _failed(name, error, RUNTIME_ERROR, values.debug)
+        return _failed(name, error, RUNTIME_ERROR, debug)
     except KeyboardInterrupt:
         print(f"bertkd {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -86,14 +129,23 @@ def _run(name: str, command: ModuleType, values: Namespace) -> int:
 
 
 def build_parser() -> CommandParser:
-    """The parser of all commands."""
+    """The parser of all commands.
+
+    Raises:
+        ImportError: what it needs is not installed.
+    """
+    from bertkd.cli.parser import CommandParser, command_parser
+
     parser = CommandParser(prog="bertkd", description=DESCRIPTION, version=bertkd.__version__)
     commands = parser.add_subcommands(dest="command", title="commands", metavar="COMMAND")
     for name, module in COMMANDS.items():
         commands.add_subcommand(
             name, command_parser(name, module.Config), help=_first_line(module.Config)
         )
-    study = CommandParser(description="Run a study: several trainings, compared in one table.")
+    study = CommandParser(
+        usage="bertkd study STUDY ...",
+        description="Run a study: several trainings, compared in one table.",
+    )
     commands.add_subcommand("study", study, help="Run a study: several trainings in one table.")
     studies = study.add_subcommands(dest="study", title="studies", metavar="STUDY")
     for name, module in STUDIES.items():
@@ -110,6 +162,15 @@ def _first_line(config: type) -> str:
 def _failed(name: str, error: BaseException, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"bertkd {name}: error: {text}", file=sys.stderr)
+    print(f"bertkd {name}: error: {_said(error)}", file=sys.stderr)
     return code
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, on one line; of a library that is missing also how to get it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    module = (getattr(error, "name", None) or "").partition(".")[0]
+    known = isinstance(error, ImportError) and "pip install" not in text
+    if known and module in EXTRAS:
+        text += f"; pip install 'bertkd[{EXTRAS[module]}]' brings it"
+    return text

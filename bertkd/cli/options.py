@@ -16,7 +16,7 @@ class TaskOptions:
 
     Attributes:
         task: GLUE task (rte, sst2, ...), pydocs-topic, pydocs-match, pydocs-retrieval, or a CSV, TSV,
-            JSON Lines or Parquet file or a folder of them. Default: the recipe's.
+            JSON Lines or Parquet file or a folder of them. Default: that of a recipe.
         text_column: Local files: column of the text. Default: guessed from common names.
         pair_column: Local files: column of the second text of a pair. Default: single texts.
         label_column: Local files: column of the label. Default: guessed from common names.
@@ -105,7 +105,13 @@ class RunOptions:
 
 
 def overridden(recipe: Recipe, stage: StageOptions, run: RunOptions) -> Recipe:
-    """The recipe with every option that was given in place of its own value."""
+    """The recipe with every option that was given in place of its own value.
+
+    Raises:
+        ValueError: a value that makes no sense.
+    """
+    if run.seed is not None and not 0 <= run.seed < 2**32:
+        raise ValueError(f"seed must lie between 0 and 2^32 - 1, got {run.seed}.")
     changes = {name: getattr(run, name) for name in ("max_length", "seed")}
     changes = {name: value for name, value in changes.items() if value is not None}
     return replace(recipe.with_stages(**stage.given()), **changes)

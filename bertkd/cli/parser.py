@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import inspect
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any, NoReturn, get_type_hints
 
 import jsonargparse
+
+from bertkd.bench.commandline import description
+from bertkd.cli.plain import with_underscores as with_underscores
 
 USAGE_ERROR = 2
 
@@ -35,12 +36,39 @@ class CommandParser(jsonargparse.ArgumentParser):
             if flag not in self._flags():
                 close = difflib.get_close_matches(flag, self._flags(), n=1)
                 message += f". Did you mean {close[0]}?" if close else ""
-        command = self.prog.replace("[options] ", "")
+        command = re.sub(r"\[options\] |\S+ \.\.\. ", "", self.prog)
+        # Errors in a subcommand may come from the parser above it, by "command.option".
+        for key in re.findall(r"(?:required: |^expected \")((?:\w+\.)*)", message):
+            command = " ".join([command, *key.split(".")]).strip()
+        message = _as_typed(message)
         print(f"{command}: error: {message}\nSee `{command} --help`.", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 
     def _flags(self) -> list[str]:
         return [flag for action in self._actions for flag in action.option_strings]
+
+
+def _as_typed(message: str) -> str:
+    """jsonargparse's message with options as the user types them, and types in plain words."""
+    if found := re.fullmatch(r'expected "[\w.]+" to be one of {(.*)}, but it was not .*', message):
+        return f"name one of: {found[1]}."
+    start = "the following arguments are required: "
+    if message.startswith(start):
+        keys = message.removeprefix(start).split(", ")
+        return start + ", ".join("--" + key.rpartition(".")[2] for key in keys)
+    message = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+    union = re.search(
+        r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*)"
+        r" Given value type: \w+ Given value: (.*)$",
+        message,
+    )
+    if union:
+        kinds = [re.sub(r"^Expected an? ", "", each) for each in union[1].split(" - ")]
+        message = f"{message[: union.start()]}Expected {' or '.join(kinds)}. Got value: {union[2]}"
+    message = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1", message)
+    message = re.sub(r"\bNoneType\b", "null", message)
+    message = message.replace("Expected a int", "Expected an int")
+    return re.sub(r"Expected a list\. Got", 'Expected a list, e.g. "[a,b]". Got', message)
 
 
 def command_parser(name: str, config: type) -> CommandParser:
@@ -54,8 +82,7 @@ def command_parser(name: str, config: type) -> CommandParser:
         config: a dataclass; its docstring up to ``Attributes:`` describes the command, the rest and
             the first lines of its bases' docstrings describe the options.
     """
-    description = inspect.cleandoc(config.__doc__ or "").partition("Attributes:")[0].strip()
-    parser = CommandParser(usage=f"bertkd {name} [options]", description=description)
+    parser = CommandParser(usage=f"bertkd {name} [options]", description=description(config))
     parser.add_argument("--config", action="config", help="YAML file with options of this command.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     bases = config.__bases__ if config.__bases__ != (object,) else ()
@@ -68,17 +95,3 @@ def command_parser(name: str, config: type) -> CommandParser:
         if "bool" in str(hints.get(action.dest)):
             action.nargs, action.const = "?", True
     return parser
-
-
-def config_from(config: type, values: Any) -> Any:
-    """The dataclass from parsed values; extra keys such as ``debug`` are left out."""
-    names = [field.name for field in dataclasses.fields(config)]
-    return config(**{name: values[name] for name in names})
-
-
-def with_underscores(argv: Sequence[str]) -> list[str]:
-    """Flags as the parser knows them: ``--dry-run`` becomes ``--dry_run``; values are left alone."""
-    return [
-        re.sub(r"^--[\w-]+", lambda match: "--" + match[0][2:].replace("-", "_"), word)
-        for word in argv
-    ]

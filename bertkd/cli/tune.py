@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class Config:
         dtypes: bfloat16, float16, float32.
         head_widths: Widths of the attention heads, 1 to 128.
         forms: Kernel forms to tune. Default: all.
-        budget_minutes: Start no further form after this time. Default: no limit.
+        budget_minutes: Start no further form after this time, and name those left out. Default: no limit.
     """
 
     dtypes: list[str] = field(default_factory=lambda: ["bfloat16"])
@@ -42,6 +43,11 @@ def prepare(config: Config) -> Callable[[], None]:
     from bertkd.errors import unknown_name
     from bertkd.ops.dispatch import unavailable
 
+    for name in ("dtypes", "head_widths"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} is empty; there is nothing to tune.")
+    if config.budget_minutes is not None and not 0 < config.budget_minutes < math.inf:
+        raise ValueError(f"budget_minutes must be positive, got {config.budget_minutes}.")
     for dtype in config.dtypes:
         if dtype not in DTYPES:
             raise unknown_name("dtype", dtype, DTYPES)

@@ -13,7 +13,7 @@ class Config:
     """Compare every implementation with float64 on this machine: values and gradients.
 
     A result is right when its error is at most twice that of the portable PyTorch code in the same dtype,
-    plus the dtype's rounding. Exit code 1 if any is wrong.
+    plus the dtype's rounding. Exit code 1 if any is wrong, or none could be checked.
 
       bertkd verify
       bertkd verify --ops [attention_kl] --length 1000 --head_width 96 --dtypes [bfloat16]
@@ -22,7 +22,7 @@ class Config:
         ops: Losses to check. Default: all.
         impls: Implementations to check. Default: those that run here.
         dtypes: float32, float16, bfloat16.
-        device: Where to run. Default: the GPU if there is one.
+        device: "cpu", "cuda" or "cuda:N". Default: the GPU if there is one.
         batch_size: Sequences; the last one is pads only.
         heads: Attention heads.
         length: Tokens per sequence.
@@ -51,33 +51,36 @@ def prepare(config: Config) -> Callable[[], None]:
     Raises:
         ValueError: a name that does not exist, a size that is not positive, or nothing to check.
     """
-    import torch
-
+    from bertkd.bench.environment import find_device
     from bertkd.errors import unknown_name
     from bertkd.ops.dispatch import IMPLS, op_of_loss, unavailable
 
     ops = list(dict.fromkeys(op_of_loss(name) for name in config.ops))
+    if not config.dtypes:
+        raise ValueError(f"dtypes is empty; name some of {', '.join(DTYPES)}.")
     for dtype in config.dtypes:
         if dtype not in DTYPES:
             raise unknown_name("dtype", dtype, DTYPES)
     for name in ("batch_size", "heads", "length", "head_width", "hidden_width", "classes"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(config.device)
     fast = [impl for impl in IMPLS if impl not in ("eager", "chunked")]
     for impl in config.impls:
         if impl not in fast:
             raise unknown_name("impl", impl, fast)
         if (reason := unavailable(impl)) is not None:
             raise ValueError(f"impls: {impl!r} cannot run here: {reason}.")
-    impls = config.impls or [impl for impl in fast if unavailable(impl) is None]
+    impls = list(dict.fromkeys(config.impls)) or [
+        impl for impl in fast if unavailable(impl) is None
+    ]
     if not impls:
         reasons = "; ".join(f"{impl}: {unavailable(impl)}" for impl in fast)
         raise ValueError(f"no fast implementation runs here, nothing to check ({reasons}).")
-    return lambda: _run(config, ops, impls, device)
+    return lambda: _run(config, ops, impls, list(dict.fromkeys(config.dtypes)), device)
 
 
-def _run(config: Config, ops, impls, device) -> None:
+def _run(config: Config, ops, impls, dtypes, device) -> None:
     import torch
 
     from bertkd.ops.dispatch import implementation
@@ -88,12 +91,20 @@ def _run(config: Config, ops, impls, device) -> None:
     table = Table(["op", "impl", "dtype", "error", "allowed", "portable", "verdict"])
     wrong = checked = 0
     for op in ops or TENSORS:
-        for name in config.dtypes:
+        for name in dtypes:
             sizes = Sizes(
                 config.batch_size, config.heads, config.length, _widths(config, op), config.classes
             )
-            dtypes = [getattr(torch, name)] * TENSORS[op]
-            case = random_case(op, dtypes, sizes, device, config.seed)
+            try:
+                types = [getattr(torch, name)] * TENSORS[op]
+                case = random_case(op, types, sizes, device, config.seed)
+            except RuntimeError as error:
+                if "memory" not in str(error):
+                    raise
+                raise ValueError(
+                    f"the tensors of {op} do not fit into memory; lower --batch_size, --heads, --length, "
+                    "or the widths."
+                ) from error
             for impl in impls:
                 refusal = implementation(impl).refusal(op, float_tensors(case[1:]))
                 if refusal is not None:
@@ -115,6 +126,8 @@ def _run(config: Config, ops, impls, device) -> None:
     print(table.text())
     if wrong:
         raise ValueError(f"{wrong} of {checked} results are wrong; do not use that implementation.")
+    if not checked:
+        raise ValueError(f"nothing was checked on {device}: see the table for the reasons.")
     print(f"{checked} results checked on {device}, all right.")
 
 
