@@ -6,8 +6,9 @@ the output of block ``i``. Each has its function, so that one is never taken for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def block_pairs(
         generator: CPU generator for ``"random"``; PyTorch's default one when not given.
 
     Raises:
-        TypeError: if ``spec`` is neither text nor a collection of pairs.
+        TypeError: if ``spec`` is neither text nor a collection of pairs (an iterator such as
+            ``zip(...)`` can be read only once, and each term reads the map).
         ValueError: for an unknown or unreadable map, a number out of range, a pair given twice, a
             student deeper than its teacher (``"uniform"``, ``"random"``), a map for states only.
     """
@@ -164,6 +166,10 @@ def _read_pairs(spec: MapSpec) -> Pairs:
         items: list[Any] = spec.split(",")
     elif isinstance(spec, Mapping):
         items = list(spec.items())
+    elif isinstance(spec, Iterator):
+        raise TypeError(
+            f"layer map is a {type(spec).__name__}, which can be read only once: pass list(...)"
+        )
     elif isinstance(spec, Iterable):
         items = list(spec)
     else:
@@ -190,8 +196,10 @@ def _read_pair(item: Any, spec: MapSpec) -> tuple[int, int]:
 
 def _index(value: Any) -> int:
     # int() would take 3.7 and True without a word.
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not isinstance(value, Integral | str):
         raise TypeError
+    if isinstance(value, str) and "_" in value:
+        raise ValueError  # int() reads "1_1" as 11
     return int(value)
 
 

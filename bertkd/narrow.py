@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def narrow_config(
     Sizes that are not given stay the teacher's; the head width is ``hidden_size / num_heads``.
 
     Raises:
+        TypeError: if a size is no whole number.
         ValueError: if the architecture cannot be sliced, a size is larger than the teacher's, or
             the head width is not whole, wider than the teacher's, or, with rotary positions, odd
             or no divisor of the teacher's.
@@ -52,15 +54,11 @@ def narrow_config(
             f"hidden_size, num_heads and intermediate_size (possible for {', '.join(SLICEABLE)})"
         )
     inner_field = "hidden_dim" if spec.model_type == "distilbert" else "intermediate_size"
-    for name, size, limit in (
-        ("hidden_size", hidden_size, spec.hidden_size),
-        ("num_heads", num_heads, spec.num_heads),
-        ("intermediate_size", intermediate_size, getattr(config, inner_field)),
-    ):
-        if size is not None and not 1 <= size <= limit:
-            raise ValueError(f"{name} must be from 1 to the teacher's {limit}, got {size}")
-    if intermediate_size is not None:
-        setattr(config, inner_field, intermediate_size)
+    hidden_size = _size("hidden_size", hidden_size, spec.hidden_size)
+    num_heads = _size("num_heads", num_heads, spec.num_heads)
+    inner = _size("intermediate_size", intermediate_size, getattr(config, inner_field))
+    if inner is not None:
+        setattr(config, inner_field, inner)
     if hidden_size is None and num_heads is None:
         return
     hidden, heads = hidden_size or spec.hidden_size, num_heads or spec.num_heads
@@ -71,6 +69,17 @@ def narrow_config(
     if getattr(config, "head_dim", None) is not None:
         config.head_dim = head_dim
     config.hidden_size, config.num_attention_heads = hidden, heads
+
+
+def whole_number(name: str, value: Any) -> int:
+    """``value`` as an int, NumPy's integers included; ``name`` is the argument it was given as.
+
+    Raises:
+        TypeError: if it is anything else, ``True`` and ``2.0`` included.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
 
 
 class Slicer:
@@ -107,6 +116,15 @@ class Slicer:
             offsets = torch.arange(stacked)[:, None] * (weight.shape[axis] // stacked)
             weight = weight.index_select(axis, (offsets + part).ravel().to(weight.device))
         return weight
+
+
+def _size(name: str, value: int | None, limit: int) -> int | None:
+    if value is None:
+        return None
+    size = whole_number(name, value)
+    if not 1 <= size <= limit:
+        raise ValueError(f"{name} must be from 1 to the teacher's {limit}, got {size}")
+    return size
 
 
 def _is_rotary(spec: EncoderSpec) -> bool:

@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from bertkd import encoders
 from bertkd.encoders import EncoderSpec
 from bertkd.errors import UnsupportedEncoderError, unknown_name
 from bertkd.layer_maps import uniform_blocks
-from bertkd.narrow import Slicer, narrow_config
+from bertkd.narrow import Slicer, narrow_config, whole_number
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,10 +46,12 @@ def create_student(
 
     Embeddings, the chosen blocks with their LayerNorms, final norm and pooler are copied; the
     task head is new unless ``copy_head``. With all blocks and ``copy_head=True`` the student
-    computes bit for bit what the teacher does. It shares no memory with the teacher, has its
-    device and dtype, requires gradients, and is in eval mode (as after ``from_pretrained``). Each
-    block keeps its kind of attention (ModernBERT's local or global). ModernBERT's block 0 has no
-    ``attn_norm``, so the first student block loses that of any other teacher block.
+    computes bit for bit what the teacher does (one cast by ``.to(bfloat16)`` has rounded its
+    rotary frequencies; the student has them exact, as a teacher loaded anew). It shares no memory
+    with the teacher, has its device and dtype, requires gradients, and is in eval mode (as after
+    ``from_pretrained``). Each block keeps its kind of attention (ModernBERT's local or global).
+    ModernBERT's block 0 has no ``attn_norm``, so the first student block loses that of any other
+    teacher block.
 
     A narrower student gets a slice, see `bertkd.narrow.Slicer`: of every axis the first
     coordinates, heads kept apart. That is a start for training, not a model that works.
@@ -66,14 +69,18 @@ def create_student(
         verbose: print what went where; otherwise that is logged at level INFO.
 
     Raises:
-        TypeError: if the teacher is no Hugging Face model; see also `teacher_layers`.
-        UnsupportedEncoderError: if the teacher's architecture is not supported.
+        TypeError: if the teacher is no Hugging Face model, or a number is no whole one; see also
+            `teacher_layers`.
+        UnsupportedEncoderError: if the teacher's architecture is not supported, or its weights are
+            quantised or not loaded (on device ``meta``).
         ValueError: see `teacher_layers` and `bertkd.narrow.narrow_config`; also for
             ``num_labels`` of a model without a head, or that ``copy_head`` contradicts.
     """
     model: Any = encoders.unwrap(teacher)
     base = encoders.base_model(model)
     spec = encoders.describe(model)
+    _check_weights(model)
+    seed = whole_number("seed", seed)
     kept = teacher_layers(layers, spec.num_blocks)
     config = _shorter_config(model.config, spec, kept)
     widths = {
@@ -120,7 +127,7 @@ def teacher_layers(spec: str | Sequence[int], num_teacher: int) -> list[int]:
         return _checked_layers(spec, num_teacher)
     if spec.strip().startswith("[") or "," in spec:
         try:
-            numbers = [int(part) for part in spec.strip(" []").split(",") if part.strip()]
+            numbers = _read_list(spec.strip())
         except ValueError:
             raise ValueError(f"cannot read layers={spec!r}; write a list as '[0, 7, 11]'") from None
         return _checked_layers(numbers, num_teacher)
@@ -138,12 +145,22 @@ def teacher_layers(spec: str | Sequence[int], num_teacher: int) -> list[int]:
     return list(range(n)) if name == "first" else list(range(num_teacher - n, num_teacher))
 
 
+def _read_list(text: str) -> list[int]:
+    if text.startswith("["):
+        if not text.endswith("]"):
+            raise ValueError
+        text = text[1:-1]
+    return [int(part) for part in text.split(",")] if text.strip() else []
+
+
 def _checked_layers(layers: Sequence[int], num_teacher: int) -> list[int]:
-    if not isinstance(layers, Sequence) or any(type(layer) is not int for layer in layers):
+    listed = isinstance(layers, Sequence) and not isinstance(layers, bytes)
+    # Integral, as the numbers of np.linspace(...).astype(int) are none of Python's.
+    if not listed or any(isinstance(i, bool) or not isinstance(i, Integral) for i in layers):
         raise TypeError(
             f"layers must be text such as 'uniform:3' or a list of block numbers, got {layers!r}"
         )
-    layers = list(layers)
+    layers = [int(layer) for layer in layers]
     if not layers:
         raise ValueError("layers is empty: a student needs at least one block")
     outside = [layer for layer in layers if not 0 <= layer < num_teacher]
@@ -155,6 +172,24 @@ def _checked_layers(layers: Sequence[int], num_teacher: int) -> list[int]:
     if any(a >= b for a, b in pairwise(layers)):
         raise ValueError(f"layers={layers} must be strictly increasing, each block at most once")
     return layers
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse a teacher whose weights are not numbers that can be copied and cut."""
+    weights = _weights(model)
+    unloaded = [n for n, weight in weights.items() if getattr(weight, "is_meta", False)]
+    if unloaded:
+        raise UnsupportedEncoderError(
+            f"the teacher's weights are not loaded, {unloaded[0]!r} is on device 'meta': load it "
+            "with from_pretrained, without a device_map that offloads"
+        )
+    # PyTorch's own packed weights are no tensors in the state dict, others' are integers.
+    packed = not all(isinstance(weight, Tensor) for weight in weights.values())
+    if packed or not all(p.is_floating_point() for p in model.parameters()):
+        raise UnsupportedEncoderError(
+            "the teacher is quantised, and packed weights cannot be cut: load it in float32, "
+            "float16 or bfloat16"
+        )
 
 
 def _shorter_config(config: PretrainedConfig, spec: EncoderSpec, kept: list[int]) -> Any:
@@ -179,6 +214,7 @@ def _relabel(config: Any, num_labels: int, *, has_head: bool, copy_head: bool) -
             "num_labels needs a teacher with a task head, this one is a bare encoder: load it "
             "with AutoModelForSequenceClassification"
         )
+    num_labels = whole_number("num_labels", num_labels)
     if num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
     if num_labels == config.num_labels:

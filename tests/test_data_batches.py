@@ -83,6 +83,10 @@ def test_collator_refuses():
         collate([{"input_ids": [1], "index": 0}, {"input_ids": [1]}])
     with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1, got 0"):
         Collator(tokenizer, 0)
+    with pytest.raises(TypeError, match=r"must be a whole number, got 8\.0"):
+        Collator(tokenizer, 8.0)
+    with pytest.raises(ValueError, match="an example has 3 input_ids, but 2 attention_mask"):
+        collate([{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}])
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match=r"no pad token: set tokenizer\.pad_token"):
         Collator(tokenizer)
@@ -270,8 +274,18 @@ def test_state_of_another_run_is_refused(change, name):
         ({"world_size": 0}, "world_size must be at least 1"),
         ({"rank": 2, "world_size": 2}, "rank must be from 0 to world_size - 1 = 1, got 2"),
         ({"batch_size": 4, "drop_last": True}, "3 rows make no batch of 4"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
+        ({"world_size": "2"}, "world_size must be a whole number, got '2'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
     ],
 )
 def test_sampler_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         LengthBucketSampler(**({"lengths": [3, 4, 5], "batch_size": 2} | options))
+
+
+def test_state_of_numpy_numbers_is_jsonable():
+    sampler = LengthBucketSampler([3, 4, 5], np.int64(2), seed=np.int64(1))
+    state = json.loads(json.dumps(sampler.state_dict()))
+    LengthBucketSampler([3, 4, 5], 2, seed=1).load_state_dict(state)

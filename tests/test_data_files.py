@@ -1,5 +1,6 @@
 """Reading local files, and saying where something is wrong in them."""
 
+import csv
 import json
 
 import pytest
@@ -93,7 +94,27 @@ def test_missing_file(tmp_path):
 
 def test_ragged_rows_can_be_skipped(tmp_path):
     path = write(tmp_path, "a.tsv", "text\tlabel\na\t1\nb\nc\t0\n")
-    assert read_table(path, skip_ragged=True).columns["text"] == ["a", "c"]
+    with pytest.warns(UserWarning, match="a.tsv: 1 of 3 rows have missing or surplus fields"):
+        assert read_table(path, skip_ragged=True).columns["text"] == ["a", "c"]
+
+
+def test_long_texts_are_read_and_the_limit_of_csv_is_left_alone(tmp_path):
+    limit = csv.field_size_limit()
+    text = "a " * limit
+    assert read_table(write(tmp_path, "a.csv", f"text\n{text}\n")).columns == {"text": [text]}
+    assert csv.field_size_limit() == limit
+
+
+def test_incomplete_or_doubled_splits_are_refused(tmp_path):
+    write(tmp_path, "train-00000-of-00003.csv", "text,label\na,1\n")
+    write(tmp_path, "train-00002-of-00003.csv", "text,label\nc,1\n")
+    with pytest.raises(ValueError, match=r"2 shards that say 'of 00003' \(train-00000.*missing"):
+        find_split(tmp_path, ["train"])
+    write(tmp_path, "train-00001-of-00003.csv", "text,label\nb,1\n")
+    assert len(find_split(tmp_path, ["train"])) == 3
+    write(tmp_path, "train.csv", "text,label\na,1\n")
+    with pytest.raises(ValueError, match=r"both train.csv and train-00000-of-00003.csv"):
+        find_split(tmp_path, ["train"])
 
 
 def test_shards_become_one_table_that_knows_its_files(tmp_path):

@@ -152,6 +152,20 @@ def test_missing_corpora(tmp_path):
         open_corpus(tmp_path / "none.txt")
     with pytest.raises(FileNotFoundError, match=r"has no \.txt files"):
         open_corpus(tmp_path)
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no \.txt files"):
+        open_corpus(tmp_path)
+
+
+def test_what_is_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl: .* this is a table"):
+        open_corpus(tmp_path / "a.jsonl")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text"):
+        list(open_corpus(tmp_path).texts())
+    with pytest.raises(ValueError, match="a list of 2 texts: text 2 is None, not a text"):
+        list(Corpus.of_texts(["good", None]).texts())
 
 
 def test_hub_corpus_is_streamed(monkeypatch):

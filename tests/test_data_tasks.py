@@ -163,10 +163,18 @@ def test_label_names_give_the_order_and_take_numbers_too(tmp_path, tokenizer):
         (movies(2), {"num_labels": 0}, "num_labels must be at least 1"),
         (movies(2), {"label_names": ["a", "a"]}, "names a class twice"),
         ([{"text": "a", "label": 0.5}], {"num_labels": 2}, "holds floats"),
+        ([{"text": "a", "label": [0, 1]}], {}, r"row 1: column 'label' holds \[0, 1\], not one"),
+        (movies(2), {"num_labels": "2"}, "num_labels must be a whole number, got '2'"),
+        (movies(2), {"num_labels": True}, "num_labels must be a whole number, got True"),
+        (
+            movies(2),
+            {"label_names": "ab"},
+            "label_names must be a list of names, got the text 'ab'",
+        ),
     ],
 )
 def test_labels_that_contradict_the_arguments(tmp_path, tokenizer, rows, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         load(jsonl(tmp_path, rows), tokenizer, **options)
 
 
@@ -234,11 +242,13 @@ def test_over_long_texts_are_cut_counted_and_told_once(tmp_path, tokenizer):
         (2, None, "leaves no room for text: this tokenizer adds 2"),
         (4, "other", "leaves no room for text: this tokenizer adds 3"),
         (129, None, "more than this tokenizer's model_max_length=128"),
+        ("32", None, "max_length must be a whole number, got '32'"),
+        (32.0, None, "max_length must be a whole number, got 32.0"),
     ],
 )
 def test_impossible_max_length(tmp_path, tokenizer, max_length, pair, message):
     path = jsonl(tmp_path, movies(other="dog"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         load(path, tokenizer, max_length=max_length, pair_column=pair)
 
 
@@ -252,6 +262,38 @@ def test_missing_column_names_argument_file_and_nearest(tmp_path, tokenizer, arg
         load(path, tokenizer, **{argument: "sentence"})
     for said in (str(path), "Did you mean 'sentance'?", "'text', 'label', 'sentance'"):
         assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["text_column", "pair_column"])
+def test_missing_column_names_its_argument_also_where_rows_are_held_out(
+    tmp_path, tokenizer, argument
+):
+    with pytest.raises(ValueError, match=f"{argument}='sentence'"):
+        load_task(jsonl(tmp_path, movies()), tokenizer=tokenizer, **{argument: "sentence"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text_column": "label"}, "text_column and label_column are both 'label'"),
+        ({"pair_column": "text"}, "text_column and pair_column are both 'text'"),
+        ({"pair_column": "label"}, "pair_column and label_column are both 'label'"),
+    ],
+)
+def test_one_column_cannot_be_two_things(tmp_path, tokenizer, columns, message):
+    with pytest.raises(ValueError, match=message):
+        load(jsonl(tmp_path, movies()), tokenizer, **columns)
+
+
+def test_unlabelled_test_split_says_what_to_do(tmp_path, tokenizer):
+    path, test = jsonl(tmp_path, movies()), jsonl(tmp_path, [{"text": "a"}], "test.jsonl")
+    with pytest.raises(ValueError, match=r"test.jsonl has no column 'label': the test split is sc"):
+        load(path, tokenizer, test_path=test)
+
+
+def test_glue_dir_of_a_local_task_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="glue_dir is for GLUE's tasks only"):
+        load(jsonl(tmp_path, movies()), tokenizer, glue_dir=tmp_path)
 
 
 def test_column_missing_in_validation_only(tmp_path, tokenizer):

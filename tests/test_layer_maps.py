@@ -6,6 +6,7 @@ from fractions import Fraction
 from itertools import pairwise
 from math import floor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -92,6 +93,7 @@ def test_random_is_redrawn_and_follows_the_generator() -> None:
         {0: 3, 1: 7, 2: 11},
         {"0": "3", "1": 7, 2: 11},
         ((0, 3), (1, 7), (2, 11)),
+        [(np.int64(0), np.int64(3)), np.array([1, 7]), (2, 11)],
     ],
 )
 def test_explicit_forms(spec: object) -> None:
@@ -147,7 +149,7 @@ def test_maps_for_states_only() -> None:
 def test_unreadable_maps(pairs: object) -> None:
     with pytest.raises(ValueError, match="Did you mean 'uniform'"):
         pairs("unifrom", 3, 12)
-    for text in ("0-3", "0:3;1:7", "0:3,", "0:1:2", "3,7,11", "0:a", "0:1.5"):
+    for text in ("0-3", "0:3;1:7", "0:3,", "0:1:2", "3,7,11", "0:a", "0:1.5", "0_1:3"):
         with pytest.raises(ValueError, match="cannot read the layer map"):
             pairs(text, 3, 12)
     for spec in ([3, 7, 11], [(0, 1, 2)], [(0, 1.0)], [(True, 1)], {"0": None}, [(0, "x")]):
@@ -158,6 +160,9 @@ def test_unreadable_maps(pairs: object) -> None:
             pairs(empty, 3, 12)
     with pytest.raises(TypeError, match="got int"):
         pairs(3, 3, 12)
+    # A second term would find it used up.
+    with pytest.raises(TypeError, match=r"is a zip, which can be read only once: pass list"):
+        pairs(zip([0, 1], [3, 7], strict=True), 3, 12)
     with pytest.raises(ValueError, match="pair twice: 0:3;"):
         pairs("0:3,1:7,0:3", 3, 12)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 from model_outputs import outputs
@@ -263,6 +264,47 @@ def test_unsupported_teachers() -> None:
         create_student(nn.Linear(2, 2), "first:1")
 
 
+def test_teachers_without_weights_to_copy() -> None:
+    teacher = tiny_model("bert")
+    with torch.device("meta"):
+        hollow = type(teacher)(teacher.config)
+    with pytest.raises(UnsupportedEncoderError, match=r"not loaded, 'embeddings.*'meta'"):
+        create_student(hollow, "first:1")
+    partly = copy.deepcopy(teacher)
+    partly.encoder.layer[1].output.dense.to("meta")
+    with pytest.raises(UnsupportedEncoderError, match=r"'encoder.layer.1.output.*'meta'"):
+        create_student(partly, "first:1")
+    # As bitsandbytes keeps 4 bits: integers of another shape.
+    packed = copy.deepcopy(teacher)
+    weight = torch.zeros(512, 1, dtype=torch.uint8)
+    packed.encoder.layer[0].output.dense.weight = nn.Parameter(weight, requires_grad=False)
+    # As PyTorch's dynamic quantisation does: no tensor at all in the state dict.
+    foreign = copy.deepcopy(teacher)
+    foreign.encoder.layer[0].register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update({f"{prefix}packed": (1, 2)})
+    )
+    for quantised in (packed, foreign):
+        with pytest.raises(UnsupportedEncoderError, match=r"quantised.*load it in float32"):
+            create_student(quantised, "first:1")
+
+
+@pytest.mark.parametrize("value", [2.0, "2", True])
+def test_numbers_that_are_not_whole(value: object) -> None:
+    teacher = tiny_model("bert", head_cls="sequence")
+    for name in ("hidden_size", "num_heads", "intermediate_size", "num_labels", "seed"):
+        with pytest.raises(TypeError, match=f"{name} must be a whole number, got {value!r}"):
+            create_student(teacher, "first:1", **{name: value})
+
+
+def test_numbers_of_numpy(tmp_path) -> None:
+    teacher = tiny_model("bert", head_cls="sequence")
+    options = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "num_labels": 2}
+    options = {name: np.int64(value) for name, value in options.items()}
+    student = create_student(teacher, "first:1", verbose=False, **options)
+    student.save_pretrained(tmp_path)
+    assert type(student).from_pretrained(tmp_path).config.hidden_size == 16
+
+
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
@@ -277,6 +319,7 @@ def test_unsupported_teachers() -> None:
         ([0, 7, 11], [0, 7, 11]),
         ((3,), [3]),
         (range(0, 12, 4), [0, 4, 8]),
+        ([np.int64(0), np.int64(7)], [0, 7]),
     ],
 )
 def test_teacher_layers(spec: object, expected: list[int]) -> None:
@@ -294,6 +337,8 @@ def test_teacher_layers(spec: object, expected: list[int]) -> None:
         ("first:two", r"n from 1 to 12"),
         ("first:-1", r"n from 1 to 12"),
         ("[0, x]", r"cannot read layers"),
+        ("[0, 7", r"cannot read layers"),
+        ("[0,, 7]", r"cannot read layers"),
         ("[]", r"empty"),
         ([], r"empty"),
         ([0, 12], r"no block 12, its blocks are 0..11 \(numbers are 0-based"),
@@ -308,7 +353,7 @@ def test_teacher_layers_refused(spec: object, message: str) -> None:
         teacher_layers(spec, 12)
 
 
-@pytest.mark.parametrize("spec", [3, None, [1.0], [True], {0: 1}])
+@pytest.mark.parametrize("spec", [3, None, [1.0], [True], {0: 1}, b"first:2"])
 def test_teacher_layers_of_a_wrong_type(spec: object) -> None:
     with pytest.raises(TypeError, match=r"layers must be text such as 'uniform:3' or a list"):
         teacher_layers(spec, 12)

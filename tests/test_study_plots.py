@@ -29,6 +29,20 @@ def test_each_plot_writes_a_picture(tmp_path):
     ]
 
 
+def test_whiskers_are_the_standard_deviations_of_the_tables(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.errorbar", lambda self, x, y, yerr, **_: drawn.append((y, yerr))
+    )
+    scores = {"teacher": {"MRR": [0.5]}, "student": {"MRR": [1.0, 2.0, 6.0]}}
+    plot_score_bars(scores, tmp_path / "bars.png", "Bars")
+    (means, spreads) = drawn.pop()
+    assert not drawn
+    # Of 1, 2 and 6: mean 3, sum of squares 4 + 1 + 9 = 14, n - 1 = 2.
+    assert means == [3.0]
+    assert spreads == [pytest.approx(7**0.5)]
+
+
 def test_nothing_to_plot_is_refused(tmp_path):
     for plot in (plot_losses, plot_score_curves, plot_score_bars):
         with pytest.raises(ValueError, match="empty"):

@@ -1,12 +1,14 @@
 import pytest
 import torch
 from tiny_models import tiny_model
-from tiny_task import save_tiny_model
+from tiny_task import save_reviews, save_tiny_model
+from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 from bertkd.study.costs import measure_costs, measure_loss_memory
 from bertkd.study.models import load_model, load_tokenizer, saved_head
 from bertkd.study.stages import loss_curves, score_curves, ticking
+from bertkd.study.workload import load_workload
 
 
 def test_ticking_counts_batches_and_lets_go():
@@ -68,3 +70,26 @@ def test_models_are_loaded_or_refused_by_name(tmp_path):
         load_model(tmp_path / "empty", "teacher")
     with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path / "empty", "teacher")
+
+
+def test_a_head_for_other_labels_is_refused_with_both_numbers(tmp_path):
+    path = save_tiny_model(tmp_path / "model", head_cls="sequence", num_labels=3)
+    with pytest.raises(ValueError, match=r"model='.*its head has 3 labels, but the task has 2\."):
+        load_model(path, "model", "labels", num_labels=2)
+    assert load_model(path, "model", "labels", num_labels=3).num_labels == 3
+
+
+def test_scores_of_other_labels_are_refused(tmp_path):
+    workload = load_workload(save_reviews(tmp_path / "reviews"), tiny_tokenizer(), 16)
+    judge = workload.judge("test")
+
+    def model(*names):
+        labels = {"id2label": dict(enumerate(names)), "num_labels": len(names)}
+        return tiny_model("bert", head_cls="sequence", **labels)
+
+    assert "accuracy" in judge(model("bad", "good"))
+    assert "accuracy" in judge(model("LABEL_0", "LABEL_1"))
+    with pytest.raises(ValueError, match=r"labels are good, bad, those of task reviews bad, good"):
+        judge(model("good", "bad"))
+    with pytest.raises(ValueError, match="the model predicts 3 labels, task reviews has 2"):
+        judge(model("bad", "good", "fair"))

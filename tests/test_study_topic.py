@@ -5,6 +5,8 @@ import pytest
 from tiny_task import save_reviews, save_tiny_model
 
 from bertkd.cli.main import main
+from bertkd.errors import NonFiniteError
+from bertkd.study import topic
 from bertkd.study.topic_report import Run, findings, group, method_table
 from bertkd.training.recipe import Recipe
 
@@ -89,6 +91,82 @@ def test_study_runs_reports_and_keeps_finished_runs(study, tmp_path, capsys):
     assert main([*study, "--output_dir", str(out)]) == 0
     assert json.loads(lost.read_text())["scores"] == before["scores"]
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_students_of_another_teacher_are_made_anew(study, tmp_path, caplog):
+    words = [*study, "--output_dir", str(tmp_path / "study"), "--seeds", "1"]
+    words += ["--student_steps", "3", "--teacher_steps"]
+    assert main([*words, "6"]) == 0
+    runs = sorted((tmp_path / "study").glob("*/run.json"))
+    assert len(runs) == 4
+    before = [path.stat().st_mtime_ns for path in runs]
+    caplog.clear()
+    assert main([*words, "9"]) == 0
+    assert all(path.stat().st_mtime_ns > time for path, time in zip(runs, before, strict=True))
+    assert [record.getMessage().split(" ")[0] for record in caplog.records].count(
+        str(tmp_path / "study" / "kd-1")
+    ) == 1
+
+
+def test_one_failed_student_is_reported_and_the_others_are_kept(
+    study, tmp_path, monkeypatch, capsys
+):
+    def fails(module, stage, *args, **options):
+        if stage.objective == "kd" and options["seed"] == 1:
+            raise NonFiniteError("step 2: kd is nan")
+        return train(module, stage, *args, **options)
+
+    train = topic.train
+    monkeypatch.setattr(topic, "train", fails)
+    out = tmp_path / "study"
+    words = [*study, "--output_dir", str(out), "--student_steps", "3", "--teacher_steps", "6"]
+    assert main(words) == 1
+    assert "2 of 6 students failed (kd, seed 1: step 2: kd is nan;" in capsys.readouterr().err
+    results = json.loads((out / "results.json").read_text())
+    kinds = [(found["method"], found["seed"]) for found in results["runs"]]
+    both = "att_kl, then kd"
+    assert kinds == [
+        ("teacher", 1), ("labels only", 1), ("labels only", 2), ("kd", 2), (both, 2)
+    ]  # fmt: skip
+    assert results["failed"][0] == "kd, seed 1: step 2: kd is nan"
+    assert "FAILED: kd, seed 1: step 2: kd is nan" in (out / "report.md").read_text()
+    # The next run makes what failed, and nothing else.
+    monkeypatch.undo()
+    assert main(words) == 0
+    assert json.loads((out / "results.json").read_text())["failed"] == []
+
+
+def test_a_teacher_counts_as_finished_once_it_is_saved(study, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    words = [*study, "--output_dir", str(tmp_path / "study"), "--seeds", "1"]
+    words += ["--student_steps", "3", "--teacher_steps", "6"]
+    monkeypatch.setattr(topic, "export", killed)
+    assert main(words) == 130
+    monkeypatch.undo()
+    assert main(words) == 0
+
+
+def test_a_seed_without_a_label_only_student_is_not_compared():
+    runs = [run("teacher", 1, 0.9), run("labels only", 2, 0.5), run("kd", 1, 0.6)]
+    assert len(findings(group(runs), "accuracy")) == 1
+    notes = findings(group([*runs, run("kd", 2, 0.6)]), "accuracy")
+    assert notes[1].startswith("kd: 10.0 points of accuracy over labels only, better in 1 of 1")
+
+
+def test_study_refuses_a_task_without_test_split_and_a_teacher_without_metric(
+    study, tmp_path, capsys
+):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    (tmp_path / "reviews" / "test.csv").unlink()
+    assert main([*study, "--output_dir", str(out)]) == 1
+    assert "has no labelled test split" in capsys.readouterr().err
+    text = recipe.read_text()
+    recipe.write_text(text.replace("objective: ce}", "objective: ce, metric: null}"))
+    assert main([*study, "--output_dir", str(out)]) == 2
+    assert "teacher stage has metric: null" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_study_refuses_what_cannot_work(study, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bertkd.data.sampler import LengthBucketSampler
+from bertkd.narrow import whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +22,9 @@ class Collator:
 
     Called with a list of dicts with ``input_ids`` and optionally ``token_type_ids``,
     ``attention_mask``, ``labels`` (an int or a float) and ``index`` (an int), it gives a dict of
-    tensors: ``input_ids``, ``attention_mask`` (1 = token) and ``token_type_ids`` int64 of shape (B,
-        L), ``labels`` int64 or,
-    for float labels, float32 of shape (B,), ``index`` int64 of shape (B,). Other keys are left out.
+    tensors: ``input_ids``, ``attention_mask`` (1 = token) and ``token_type_ids`` int64 of shape
+    (B, L), ``labels`` int64 or, for float labels, float32 of shape (B,), ``index`` int64 of shape
+    (B,). Other keys are left out.
 
     Args:
         tokenizer: says the pad ids and the side.
@@ -31,8 +32,9 @@ class Collator:
             ``model_max_length``. 8 suits tensor cores; 1 pads no further than needed.
 
     Raises:
-        ValueError: the tokenizer has no pad token; or, when called, no examples or examples with
-            different keys.
+        TypeError: ``pad_to_multiple_of`` is no whole number.
+        ValueError: the tokenizer has no pad token; or, when called, no examples, examples with
+            different keys, or one whose masks or types are not as many as its tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8) -> None:
@@ -40,7 +42,7 @@ class Collator:
             raise ValueError(
                 "this tokenizer has no pad token: set tokenizer.pad_token (e.g. to its eos_token)"
             )
-        if pad_to_multiple_of < 1:
+        if whole_number("pad_to_multiple_of", pad_to_multiple_of) < 1:
             raise ValueError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
         if tokenizer.padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be left or right, got {tokenizer.padding_side!r}")
@@ -60,6 +62,13 @@ class Collator:
         if any(example.keys() != examples[0].keys() for example in examples):
             keys = sorted({", ".join(sorted(example)) for example in examples})
             raise ValueError(f"the examples of a batch have different keys: {' | '.join(keys)}")
+        for name in self.pads.keys() & examples[0].keys():
+            for example in examples:
+                if len(example[name]) != len(example["input_ids"]):
+                    raise ValueError(
+                        f"an example has {len(example['input_ids'])} input_ids, but "
+                        f"{len(example[name])} {name}"
+                    )
         longest = max(len(example["input_ids"]) for example in examples)
         step = self.pad_to_multiple_of
         width = max(longest, min(-(-longest // step) * step, self.max_length))

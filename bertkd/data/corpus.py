@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bertkd.data.doc_splits import split_by_module
 from bertkd.data.docstring_cache import read_docstrings
+from bertkd.data.files import FORMATS
 from bertkd.data.hub import import_datasets
 
 
@@ -25,8 +26,16 @@ class Corpus:
     read: Callable[[], Iterable[str]]
 
     def texts(self) -> Iterator[str]:
-        """The texts from the start, without blank ones."""
-        return (text for text in self.read() if text.strip())
+        """The texts from the start, without blank ones.
+
+        Raises:
+            ValueError: when it comes to something that is no text; names its number.
+        """
+        for number, text in enumerate(self.read(), start=1):
+            if not isinstance(text, str):
+                raise ValueError(f"{self.name}: text {number} is {text!r}, not a text")
+            if text.strip():
+                yield text
 
     @classmethod
     def of_texts(cls, texts: Sequence[str]) -> Corpus:
@@ -59,7 +68,8 @@ def open_corpus(
     Raises:
         FileNotFoundError: no such file, or a directory without ``.txt`` files.
         ModuleNotFoundError: a hub data set is asked for and ``datasets`` is not installed.
-        ValueError: the hub data set has no such column.
+        ValueError: the hub data set has no such column, or the file is a table of columns; when
+            read, a file that is not UTF-8.
     """
     name = os.fspath(source)
     if name == "pydocs":
@@ -78,8 +88,14 @@ def open_corpus(
             )
         return Corpus(name, lambda: (row[text_column] for row in data))
     place = Path(name)
-    files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
-    if not files or not files[0].is_file():
+    found = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
+    files = [path for path in found if path.is_file()]
+    if place.is_file() and place.suffix.lower() in FORMATS:
+        raise ValueError(
+            f"corpus {name}: a text file is read line by line, and this is a table. Write its texts "
+            "to a .txt file, one per line."
+        )
+    if not files:
         wanted = "it has no .txt files" if place.is_dir() else "no such file or directory"
         raise FileNotFoundError(f"corpus {name}: {wanted}")
     return Corpus(name, lambda: _lines(files))
@@ -87,5 +103,8 @@ def open_corpus(
 
 def _lines(files: Sequence[Path]) -> Iterator[str]:
     for file in files:
-        with file.open(encoding="utf-8-sig") as lines:
-            yield from (line.strip() for line in lines)
+        try:
+            with file.open(encoding="utf-8-sig") as lines:
+                yield from (line.strip() for line in lines)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bertkd.data.tables import Table
+from bertkd.narrow import whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,8 +92,10 @@ def check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int, *, pai
     """Refuse a ``max_length`` that leaves no room for text or is more than the tokenizer takes.
 
     Raises:
+        TypeError: it is no whole number.
         ValueError: says which bound was missed.
     """
+    max_length = whole_number("max_length", max_length)
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= special + pair:
         raise ValueError(

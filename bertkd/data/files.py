@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from bertkd.data.tables import Table, join
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+_LONGEST_FIELD = 1 << 27
 
 
 def read_table(
@@ -28,8 +30,8 @@ def read_table(
     Args:
         path: a file ending in one of ``FORMATS``.
         header: column names of a CSV or TSV file that has none.
-        skip_ragged: leave out CSV and TSV rows with missing or surplus fields instead of refusing
-            them.
+        skip_ragged: leave out CSV and TSV rows with missing or surplus fields, with a warning,
+            instead of refusing them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -64,13 +66,31 @@ def find_split(folder: Path, stems: Iterable[str]) -> list[Path]:
     ``train-00000-of-00002``.
 
     Where a stem stands in several formats, the last of ``FORMATS`` (Parquet, which has types) wins.
+
+    Raises:
+        ValueError: shards are missing, or a whole file stands beside shards.
     """
     for stem in stems:
         for suffix in reversed(FORMATS):
-            found = [folder / f"{stem}{suffix}", *sorted(folder.glob(f"{stem}-*-of-*{suffix}"))]
-            if found := [path for path in found if path.is_file()]:
-                return found
+            whole = folder / f"{stem}{suffix}"
+            shards = sorted(p for p in folder.glob(f"{stem}-*-of-*{suffix}") if p.is_file())
+            if shards and whole.is_file():
+                raise ValueError(
+                    f"{folder} has both {whole.name} and {shards[0].name}: take one of them out"
+                )
+            _check_shards(shards)
+            if shards or whole.is_file():
+                return shards or [whole]
     return []
+
+
+def _check_shards(shards: Sequence[Path]) -> None:
+    counts = {path.stem.rsplit("-of-", 1)[1] for path in shards}
+    if len(counts) > 1 or any(c.isdecimal() and int(c) != len(shards) for c in counts):
+        raise ValueError(
+            f"{shards[0].parent} has {len(shards)} shards that say 'of {', '.join(sorted(counts))}' "
+            f"({', '.join(path.name for path in shards[:4])}): some are missing or too many"
+        )
 
 
 def read_tables(paths: Sequence[Path], **options: Any) -> Table:
@@ -88,15 +108,26 @@ def _read_delimited(
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         strict=True,
     )
+    # The module's own limit of 128 KiB a field is a guard against files that are no CSV.
+    limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
         rows = [row for row in reader if row]
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     names = list(header) if header else (rows.pop(0) if rows else [])
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: the header names a column twice: {names}")
     if skip_ragged:
-        rows = [row for row in rows if len(row) == len(names)]
+        whole = [row for row in rows if len(row) == len(names)]
+        if len(whole) < len(rows):
+            warnings.warn(
+                f"{path}: {len(rows) - len(whole)} of {len(rows)} rows have missing or surplus "
+                "fields and are left out",
+                stacklevel=2,
+            )
+        rows = whole
     for number, row in enumerate(rows, start=1):
         if len(row) != len(names):
             raise ValueError(

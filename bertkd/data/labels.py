@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bertkd.data.tables import Table
+from bertkd.narrow import whole_number
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,12 @@ def infer_labels(
         label_names: names of classes 0, 1, ...; labels may then be names or class numbers.
 
     Raises:
-        ValueError: the arguments contradict each other or the data; missing or non-finite labels.
+        TypeError: ``num_labels`` is no whole number, or ``label_names`` a single text.
+        ValueError: the arguments contradict each other or the data; missing or non-finite labels,
+            or several in one row.
     """
+    if isinstance(label_names, str):
+        raise TypeError(f"label_names must be a list of names, got the text {label_names!r}")
     if label_names is not None:
         label_names = [str(name) for name in label_names]
         if len(set(label_names)) < len(label_names):
@@ -97,7 +102,7 @@ def infer_labels(
                 f"num_labels={num_labels}, but there are {len(label_names)} classes: "
                 f"{_listed(label_names)}"
             )
-    if num_labels is not None and num_labels < 1:
+    if num_labels is not None and whole_number("num_labels", num_labels) < 1:
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
     if regression is None and num_labels == 1:
         regression = True
@@ -167,6 +172,11 @@ def _present(table: Table, column: str) -> Sequence[Any]:
             raise ValueError(
                 f"{table.where(row)}: no label in column {column!r} (got {value!r}): "
                 "remove the row or fill the label in"
+            )
+        if isinstance(value, list | tuple | dict):
+            raise ValueError(
+                f"{table.where(row)}: column {column!r} holds {value!r}, not one label: tasks with "
+                "several labels per row are not supported"
             )
     return values
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 from bertkd.data.files import FORMATS, find_split, read_table, read_tables
@@ -36,7 +37,8 @@ def local_task(
 
     Raises:
         FileNotFoundError: a file, or a directory's training file, is missing.
-        ValueError: a file cannot be read, or no usual column name is there and none was given.
+        ValueError: a file cannot be read, no usual column name is there and none was given, or one
+            column is to be two things.
     """
     path = Path(path)
     tables = {}
@@ -55,12 +57,20 @@ def local_task(
         if file is not None:
             tables[split] = read_table(file)
     train = tables["train"]
+    text_column = text_column or _usual(train, _TEXT_COLUMNS, "text_column")
+    label_column = label_column or _usual(train, _LABEL_COLUMNS, "label_column")
+    used = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+    for (one, column), (other, same) in combinations(used.items(), 2):
+        if column == same:
+            raise ValueError(
+                f"{one} and {other} are both {column!r}: give each a column of its own"
+            )
     return RawTask(
         name=path.stem,
         tables=tables,
-        text_column=text_column or _usual(train, _TEXT_COLUMNS, "text_column"),
+        text_column=text_column,
         pair_column=pair_column,
-        label_column=label_column or _usual(train, _LABEL_COLUMNS, "label_column"),
+        label_column=label_column,
         regression=regression,
         label_names=label_names,
     )
@@ -85,7 +95,8 @@ def hold_out(
     """
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, got {fraction}")
-    texts = zip(*(table.column(name, "text column") for name in columns), strict=True)
+    arguments = zip(columns, ("text_column", "pair_column"), strict=False)
+    texts = zip(*(table.column(name, argument) for name, argument in arguments), strict=True)
     keys = [
         hashlib.sha256(json.dumps([seed, *row], default=str).encode()).hexdigest() for row in texts
     ]

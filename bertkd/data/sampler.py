@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from bertkd.narrow import whole_number
+
 
 class LengthBucketSampler(Sampler[list[int]]):
     """A batch sampler: lists of row numbers of similar length, resumable and shardable.
@@ -36,7 +38,8 @@ class LengthBucketSampler(Sampler[list[int]]):
         world_size: how many there are.
 
     Raises:
-        ValueError: no rows, a non-positive size, a rank out of range, or not a single batch.
+        TypeError: a size, the rank or the seed is no whole number.
+        ValueError: no rows, a non-positive size, a negative seed, a rank out of range, or not a single batch.
     """
 
     def __init__(
@@ -62,16 +65,19 @@ class LengthBucketSampler(Sampler[list[int]]):
             "world_size": world_size,
         }
         for argument, value in sizes.items():
-            if value < 1:
+            if whole_number(argument, value) < 1:
                 raise ValueError(f"{argument} must be at least 1, got {value}")
-        if not 0 <= rank < world_size:
+        if whole_number("seed", seed) < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
+        if not 0 <= whole_number("rank", rank) < world_size:
             raise ValueError(
                 f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}"
             )
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.drop_last, self.bucket_batches = drop_last, bucket_batches
-        self.rank, self.world_size = rank, world_size
-        self.joint_size = batch_size * world_size
+        # int(), because NumPy's integers are not JSON-able
+        self.batch_size, self.seed, self.shuffle = int(batch_size), int(seed), shuffle
+        self.drop_last, self.bucket_batches = drop_last, int(bucket_batches)
+        self.rank, self.world_size = int(rank), int(world_size)
+        self.joint_size = self.batch_size * self.world_size
         self.epoch = self.position = 0
 
         full, rest = divmod(len(self.lengths), self.joint_size)

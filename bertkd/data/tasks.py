@@ -101,6 +101,7 @@ def load_task(
         seed: of the split by ``validation_fraction``; nothing else here is random.
 
     Raises:
+        TypeError: ``max_length`` or ``num_labels`` is no whole number.
         ValueError: unknown task, missing column, empty file, empty text, unknown or missing label,
             contradictory arguments; the message names file, row and what to do.
         FileNotFoundError: a file is missing.
@@ -133,6 +134,8 @@ def load_task(
         raise ValueError("pydocs-retrieval has no labels to train on: bertkd.data.load_retrieval")
     else:
         raise unknown_name("task", name, [*GLUE_TASKS, *PYDOCS_TASKS])
+    if glue_dir is not None and not glue:
+        raise ValueError(f"glue_dir is for GLUE's tasks only, and {name!r} is none of them")
     return encode_task(
         raw,
         tokenizer=tokenizer,
@@ -174,6 +177,12 @@ def encode_task(
             f"{train.name} comes without validation data: {len(held)} of its {len(train)} rows are "
             f"held out for it (validation_fraction={validation_fraction}, seed={seed})"
         )
+    for split, table in tables.items():
+        if split != "train" and raw.label_column not in table.columns:
+            raise ValueError(
+                f"{table.name} has no column {raw.label_column!r}: the {split} split is scored and "
+                "needs labels. Add them, or take the file out."
+            )
     known_from = "label_names" if raw.label_names is not None else train.name
     splits = {
         split: encode_rows(

@@ -55,7 +55,8 @@ def load_model(
         config: overrides of the model's config, e.g. ``num_labels=2``.
 
     Raises:
-        ValueError: nothing there, or not a Hugging Face encoder; names ``argument``.
+        ValueError: nothing there, not a Hugging Face encoder, or a saved head for another number of
+            labels than ``config`` asks for; names ``argument``.
     """
     from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -65,7 +66,17 @@ def load_model(
         None: AutoModel,
     }
     with quiet_transformers(), _said_plainly(path, argument, "a model"):
-        return classes[head].from_pretrained(path, **config)
+        try:
+            return classes[head].from_pretrained(path, **config)
+        except RuntimeError as error:
+            # What differs stands in a report that quiet_transformers holds back.
+            saved, wanted = load_config(path, argument).num_labels, config.get("num_labels")
+            if head != "labels" or wanted in (None, saved):
+                raise
+            raise ValueError(
+                f"its head has {saved} labels, but the task has {wanted}. Save the encoder alone "
+                "(AutoModel.from_pretrained(...).save_pretrained(...)) and name that folder."
+            ) from error
 
 
 def load_config(path: str | os.PathLike[str], argument: str) -> PretrainedConfig:

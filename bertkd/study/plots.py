@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -101,7 +102,9 @@ def plot_score_bars(
     *,
     ylabel: str = "score (0 to 1)",
 ) -> Path:
-    """Grouped bars: one group per score, one bar per model; mean, and min to max over seeds.
+    """Grouped bars: one group per score, one bar per model; mean ± standard deviation over seeds.
+
+    The deviation is that of a sample (n - 1), as in the tables; a single value has no whisker.
 
     Args:
         scores: model -> {score name: values over seeds}; a model may lack a score.
@@ -118,14 +121,21 @@ def plot_score_bars(
     for place, (model, by_name) in enumerate(scores.items()):
         present = [name for name in names if by_name.get(name)]
         spots = [names.index(name) + (place - (len(scores) - 1) / 2) * width for name in present]
-        means = [sum(by_name[name]) / len(by_name[name]) for name in present]
-        below = [mean - min(by_name[name]) for mean, name in zip(means, present, strict=True)]
-        above = [max(by_name[name]) - mean for mean, name in zip(means, present, strict=True)]
+        means = [statistics.fmean(by_name[name]) for name in present]
+        spreads = [
+            statistics.stdev(by_name[name]) if len(by_name[name]) > 1 else 0.0 for name in present
+        ]
+        # Whiskers drawn by bar() push the labels above them.
         drawn = axis.bar(
-            spots, means, width * 0.92, color=COLOURS[place % len(COLOURS)], label=model
+            spots,
+            means,
+            width * 0.92,
+            color=COLOURS[place % len(COLOURS)],
+            label=model,
+            yerr=spreads if any(spreads) else None,
+            ecolor="0.2",
+            capsize=3,
         )
-        if any(below) or any(above):
-            axis.errorbar(spots, means, yerr=[below, above], fmt="none", ecolor="0.2", capsize=3)
         axis.bar_label(drawn, fmt="%.3f", padding=5, fontsize=9)
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel(ylabel)

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from accelerate import PartialState
 from torch import nn
 
 from bertkd.distiller import Distiller
+from bertkd.errors import NonFiniteError
 from bertkd.student import create_student
 from bertkd.study.files import claim_output_dir, write_json
 from bertkd.study.models import label_config, load_model, load_tokenizer, quiet_transformers
@@ -48,6 +49,9 @@ class TopicStudy:
         seeds: students of each kind, with seeds 1, 2, ...
         teacher_steps: most updates of the teacher.
         student_steps: updates of each student; of two-stage students a third goes to the first.
+
+    Raises:
+        ValueError: the teacher's stage has no metric, so that its plateau cannot be told.
     """
 
     model: str
@@ -56,6 +60,19 @@ class TopicStudy:
     seeds: int = 3
     teacher_steps: int = 1500
     student_steps: int = 600
+
+    def __post_init__(self) -> None:
+        if self.recipe.teacher.metric is None:
+            raise ValueError(
+                "the recipe's teacher stage has metric: null, and nothing would tell its plateau: "
+                "give it a metric, e.g. accuracy"
+            )
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What the teacher depends on besides its stage, as JSON-able values."""
+        recipe = self.recipe
+        return {"model": self.model, "task": recipe.task, "max_length": recipe.max_length}
 
     def teacher_stage(self) -> Stage:
         """The teacher's stage, cut to ``teacher_steps``; it stops early at its plateau."""
@@ -78,12 +95,16 @@ class TopicStudy:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One training of the study; ``run.json`` in its folder says that it is finished."""
+    """One training of the study; ``run.json`` in its folder says that it is finished.
+
+    ``setting`` holds what else the outcome depends on; for a student that includes its teacher.
+    """
 
     method: str
     seed: int
     stages: tuple[Stage, ...]
     folder: Path
+    setting: Mapping[str, Any]
 
     @property
     def name(self) -> str:
@@ -92,7 +113,9 @@ class _Attempt:
     @property
     def identity(self) -> dict[str, Any]:
         stages = [stage.to_dict() for stage in self.stages]
-        return {"method": self.method, "seed": self.seed, "stages": stages}
+        identity = {"method": self.method, "seed": self.seed, "stages": stages}
+        # As it reads when it comes back: tuples are lists there.
+        return json.loads(json.dumps({**identity, "setting": self.setting}))
 
     def finished(self) -> Run | None:
         path = self.folder / "run.json"
@@ -101,7 +124,7 @@ class _Attempt:
         saved = json.loads(path.read_text(encoding="utf-8"))
         # A field that another version did not write yet is another setting too.
         wanted = {field.name for field in fields(Run)}
-        if not wanted <= saved.keys() or any(saved[k] != v for k, v in self.identity.items()):
+        if not wanted <= saved.keys() or any(saved.get(k) != v for k, v in self.identity.items()):
             logger.warning("%s was made with other settings and is made anew", self.folder)
             return None
         return Run(**{name: saved[name] for name in wanted})
@@ -113,7 +136,9 @@ class _Attempt:
         workload: Workload,
         progress: Progress,
         teacher_score: float | None = None,
+        save: Callable[[], object] = lambda: None,
     ) -> Run:
+        """Train and judge ``model``; ``save`` is called before the run counts as finished."""
         training, start = self.folder / "training", time.monotonic()
         shutil.rmtree(training, ignore_errors=True)
         total, done, taken = sum(stage.steps for stage in self.stages), 0, 0
@@ -134,12 +159,13 @@ class _Attempt:
                         teacher_score=teacher_score,
                         progress=False,
                     )
-                seen = f"eval_{stage.metric}"
+                seen = f"eval_{workload.metric}"
                 curve += [(taken + row["step"], row[seen]) for row in result.history if seen in row]
                 done, taken = done + stage.steps, taken + result.steps
             scores = judge_all(model, workload)
         shutil.rmtree(training)
         run = Run(self.method, self.seed, scores, taken, time.monotonic() - start, curve)
+        save()
         write_json(self.folder / "run.json", {**asdict(run), **self.identity})
         return run
 
@@ -149,51 +175,84 @@ def run_topic(study: TopicStudy) -> list[Run]:
 
     Students of one seed start from the same weights: blocks of the fine-tuned teacher and the same
     new head. Each keeps the weights of its best validation score, and is judged on the test split.
+    Where a student's loss turns NaN or infinite the others are trained and reported all the same.
 
     Raises:
-        ValueError: the folder cannot be used, or the recipe is not one for this study.
+        ValueError: the folder cannot be used, or the task is unlabelled or has no test split.
+        NonFiniteError: the teacher failed; or students did, and the report holds the others.
     """
-    claim_output_dir(study.output_dir, "study topic", reuse=True)
     tokenizer = load_tokenizer(study.model, "model")
     workload = load_workload(study.recipe.task, tokenizer, study.recipe.max_length)
+    if workload.task is None or "test" not in workload.judges:
+        raise ValueError(
+            f"task={study.recipe.task!r} has no labelled test split, and this study compares test "
+            f"scores. Its splits: {', '.join(workload.judges)}."
+        )
+    claim_output_dir(study.output_dir, "study topic", reuse=True)
     lesson = _Attempt(
-        "teacher", study.recipe.seed, (study.teacher_stage(),), study.output_dir / "teacher"
+        "teacher",
+        study.recipe.seed,
+        (study.teacher_stage(),),
+        study.output_dir / "teacher",
+        study.setting,
     )
+    setting = {**study.setting, "layers": study.recipe.layers, "teacher": lesson.identity}
     attempts = [
         _Attempt(
-            method, seed, stages, study.output_dir / f"{re.sub('[^a-z]+', '-', method)}-{seed}"
+            method,
+            seed,
+            stages,
+            study.output_dir / f"{re.sub('[^a-z]+', '-', method)}-{seed}",
+            setting,
         )
         for seed in range(1, study.seeds + 1)
         for method, stages in study.methods().items()
     ]
-    todo = [attempt for attempt in (lesson, *attempts) if attempt.finished() is None]
+    found = {attempt.name: attempt.finished() for attempt in (lesson, *attempts)}
+    todo = [attempt for attempt in (lesson, *attempts) if found[attempt.name] is None]
     progress = Progress({attempt.name: _cost(attempt) for attempt in todo})
-    teacher, first = _teacher(study, lesson, tokenizer, workload, progress)
-    runs = [first]
+    teacher, first = _teacher(study, lesson, found[lesson.name], tokenizer, workload, progress)
+    runs, failed = [first], []
     for attempt in attempts:
-        run = attempt.finished()
+        run = found[attempt.name]
         if run is None:
             student = create_student(teacher, study.recipe.layers, seed=attempt.seed, verbose=False)
             build = partial(_module, teacher, student, attempt.seed)
             accuracy = first.scores["validation"][workload.metric]
-            run = attempt.train(student, build, workload, progress, accuracy)
+            try:
+                run = attempt.train(student, build, workload, progress, accuracy)
+            except NonFiniteError as error:
+                failed.append(f"{attempt.name}: {error}")
+                continue
         runs.append(run)
     progress.close()
-    write_report(study.output_dir, workload, runs)
+    write_report(study.output_dir, workload, runs, failed)
+    if failed:
+        raise NonFiniteError(
+            f"{len(failed)} of {len(attempts)} students failed ({'; '.join(failed)}); the report of "
+            f"the others is in {study.output_dir}"
+        )
     return runs
 
 
 def _teacher(
-    study: TopicStudy, lesson: _Attempt, tokenizer: Any, workload: Workload, progress: Progress
+    study: TopicStudy,
+    lesson: _Attempt,
+    run: Run | None,
+    tokenizer: Any,
+    workload: Workload,
+    progress: Progress,
 ) -> tuple[PreTrainedModel, Run]:
     path, device = lesson.folder / "model", PartialState().device
-    run = lesson.finished()
     if run is not None:
         return load_model(path, "teacher", "labels").to(device), run
     teacher = load_model(study.model, "model", "labels", **label_config(workload.task)).to(device)
-    run = lesson.train(teacher, lambda _: Supervised(teacher), workload, progress)
-    with quiet_transformers():
-        export(teacher, tokenizer, path, "# The teacher of the topic study")
+
+    def save() -> None:
+        with quiet_transformers():
+            export(teacher, tokenizer, path, "# The teacher of the topic study")
+
+    run = lesson.train(teacher, lambda _: Supervised(teacher), workload, progress, save=save)
     return teacher, run
 
 

@@ -27,7 +27,7 @@ class Run:
         scores: split -> score name -> value.
         steps: updates made; fewer than planned where it stopped early.
         seconds: training and scoring.
-        curve: ``(update, validation score)`` of each evaluation, by the metric that chose the weights.
+        curve: ``(update, validation score)`` of each evaluation, by the task's deciding metric.
     """
 
     method: str
@@ -38,13 +38,23 @@ class Run:
     curve: list[tuple[int, float]]
 
 
-def write_report(output_dir: Path, workload: Workload, runs: Sequence[Run]) -> None:
-    """``results.json``, ``report.md`` and ``bars.png``; prints the table and what it means."""
+def write_report(
+    output_dir: Path, workload: Workload, runs: Sequence[Run], failed: Sequence[str] = ()
+) -> None:
+    """``results.json``, ``report.md`` and ``bars.png``; prints the table and what it means.
+
+    Args:
+        output_dir: gets the files.
+        workload: what was trained on.
+        runs: the teacher's and the students' that came to an end.
+        failed: the others, each with its error.
+    """
     by_method = group(runs)
     table = method_table(by_method, workload.metric)
-    notes = findings(by_method, workload.metric)
-    seeds = len(next(reversed(by_method.values())))
-    title = f"{workload.name}: mean ± standard deviation of {seeds} seeds"
+    notes = [*findings(by_method, workload.metric), *(f"FAILED: {failure}" for failure in failed)]
+    seeds = len({run.seed for run in runs if run.method != "teacher"})
+    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    title = f"{workload.name}: {spread}"
     size = (
         f"{len(workload.train):,} training rows, {workload.task.num_labels} classes; scores on the test "
         "split, weights chosen on the validation split."
@@ -59,6 +69,7 @@ def write_report(output_dir: Path, workload: Workload, runs: Sequence[Run]) -> N
             "task": workload.name,
             "runs": [asdict(run) for run in runs],
             "findings": notes,
+            "failed": list(failed),
             "bertkd": bertkd.__version__,
         },
     )
@@ -100,14 +111,16 @@ def findings(by_method: dict[str, list[Run]], metric: str) -> list[str]:
     """The teacher's plateau; each distilled method against labels only, seed by seed, and the teacher."""
     (lesson,) = by_method["teacher"]
     teacher = lesson.scores["test"][metric]
-    plain = {run.seed: run.scores["test"][metric] for run in by_method["labels only"]}
+    plain = {run.seed: run.scores["test"][metric] for run in by_method.get("labels only", [])}
     notes = [_plateau(lesson, metric)]
     for method, runs in by_method.items():
         if method == "teacher":
             continue
         values = [run.scores["test"][metric] for run in runs]
-        if method != "labels only":
-            gains = [100 * (run.scores["test"][metric] - plain[run.seed]) for run in runs]
+        # A seed whose label-only student failed has nothing to be compared with.
+        pairs = [(run.scores["test"][metric], plain[run.seed]) for run in runs if run.seed in plain]
+        if method != "labels only" and pairs:
+            gains = [100 * (ours - theirs) for ours, theirs in pairs]
             better = sum(gain > 0 for gain in gains)
             notes.append(
                 f"{method}: {mean_std(gains, 1)} points of {metric} over labels only, better in {better} "

@@ -19,6 +19,7 @@ from bertkd.data import (
 )
 from bertkd.data.encode import EncodedRows, encode_rows
 from bertkd.data.tables import Table
+from bertkd.encoders import unwrap
 from bertkd.study.retrieval import RetrievalJudge
 from bertkd.training.evaluate import predict
 from bertkd.training.metrics import compute_metrics
@@ -127,8 +128,35 @@ def encode_texts(texts: list[str], name: str, tokenizer: Any, max_length: int) -
     return encode_rows(table, "text", tokenizer=tokenizer, max_length=max_length)
 
 
+def check_labels(model: nn.Module, task: TaskData) -> None:
+    """Refuse a model whose labels are not the task's, in the task's order.
+
+    Names such as ``LABEL_0`` say nothing and pass.
+
+    Raises:
+        ValueError: another number of labels, other names or another order.
+    """
+    config: Any = getattr(unwrap(model), "config", None)
+    if config is None:
+        return
+    if config.num_labels != task.num_labels:
+        raise ValueError(
+            f"the model predicts {config.num_labels} labels, task {task.name} has "
+            f"{task.num_labels}: fine-tune one on this task"
+        )
+    ours = [config.id2label.get(number) for number in range(task.num_labels)]
+    unnamed = [f"LABEL_{number}" for number in range(task.num_labels)]
+    if task.label_names and ours not in (unnamed, list(task.label_names)):
+        raise ValueError(
+            f"the model's labels are {', '.join(map(str, ours))}, those of task {task.name} "
+            f"{', '.join(task.label_names)}: another order or other classes, so that its scores "
+            "would mean nothing. Fine-tune a model on this task."
+        )
+
+
 def _label_judge(data: TaskData, rows: EncodedRows, collate: Collator) -> Judge:
     def judge(model: nn.Module) -> dict[str, float]:
+        check_labels(model, data)
         logits, labels = predict(model, rows, collate)
         return compute_metrics(data.metric_names, logits, labels)
 
