@@ -26,7 +26,12 @@ ISA_FLAGS = {
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 
-def build(driver, folder, *defines):
+# kernels_avx512.cpp, compiled for any processor with its instructions in plain C++, and chosen at run time.
+EMULATED = ["-D__AVX512F__", f"-I{ROOT / 'tests' / 'avx512_emulated'}"]
+HAS_AVX512 = "-D__builtin_cpu_supports(x)=((x)[3] == '5' || __builtin_cpu_supports(x))"
+
+
+def build(driver, folder, *defines, emulated=False):
     """A driver of this folder, with every source under the sanitizers."""
     sources = [
         ROOT / "tests" / f"{driver}.cpp",
@@ -37,6 +42,10 @@ def build(driver, folder, *defines):
         flags = next((f for tail, f in ISA_FLAGS.items() if source.stem.endswith(tail)), [])
         if platform.machine() not in ("x86_64", "AMD64"):
             flags = []
+        if emulated and source.stem.endswith("_avx512"):
+            flags = EMULATED
+        if emulated and source.stem == "dispatch":
+            flags = [HAS_AVX512]
         output = folder / f"{source.stem}.o"
         command = ["g++", *FLAGS, *SANITIZERS, *flags, *defines, f"-I{ROOT / 'csrc'}", "-c", source]
         done = subprocess.run([*command, "-o", output], capture_output=True, text=True)
@@ -71,6 +80,15 @@ def test_sanitizers_find_nothing(lanes, tmp_path):
     # 16 lanes run the memory layout of AVX-512 on any machine.
     program = build("native_sanitize", tmp_path, f"-DBERTKD_PORTABLE_LANES={lanes}")
     assert "portable:" in run(program)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the file is empty on this processor"
+)
+def test_avx512_sources_are_right_where_no_processor_runs_them(tmp_path):
+    told = run(build("native_sanitize", tmp_path, emulated=True))
+    assert re.search(r"avx512: \d+ cases", told), told
 
 
 @pytest.mark.slow

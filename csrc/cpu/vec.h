@@ -33,7 +33,6 @@ constexpr int kTileRows = 12;  // 12 x 2 accumulators of the 32 registers
 using Vec = __m512;
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Returns b where either is NaN, so that max(bound, x) keeps a NaN.
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -44,7 +43,6 @@ constexpr int kTileRows = 6;  // 6 x 2 accumulators of the 16 registers
 using Vec = __m256;
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 // Returns b where either is NaN, so that max(bound, x) keeps a NaN.
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
@@ -64,7 +62,6 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline void stream(float* p, Vec v) { store(p, v); }
 // Fused where the processor has it (the compiler contracts), else rounded twice.
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
