@@ -110,7 +110,7 @@ class Distiller(nn.Module):
         # A tuple keeps nn.Module from registering the teacher.
         self._teacher: tuple[Any] = (teacher.requires_grad_(False).eval(),)
         self._teacher[0].to(next(student.parameters()).device)
-        wanted = requested("self_attention", impl) in ("auto", "native")
+        wanted = requested(impl) in ("auto", "native")
         self._chooses_attention = attention == "auto" and wanted
 
     @property

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import Tensor, nn
 
 from bertkd import functional
+from bertkd.errors import unknown_name
+
+# Losses that hand their options on.
+_OPTIONS_FROM: dict[Any, Any] = {
+    functional.attention_kl: functional.relation_kl,
+    functional.value_relation_kl: functional.relation_kl,
+    functional.logit_kl: functional.softmax_kl,
+}
+
+
+def _options(loss: Any) -> list[str]:
+    """Names of a loss's keyword-only arguments."""
+    parameters = signature(_OPTIONS_FROM.get(loss, loss)).parameters.values()
+    return [x.name for x in parameters if x.kind is Parameter.KEYWORD_ONLY]
 
 
 class _Loss(nn.Module):
@@ -16,9 +32,13 @@ class _Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        known = _options(type(self).loss)
+        for name in options:
+            if name not in known:
+                raise unknown_name(f"option of {type(self).__name__}", name, known)
         self.options = options
 
-    def forward(self, *tensors: Tensor, **options: Any) -> Tensor:
+    def forward(self, *tensors: Any, **options: Any) -> Tensor:
         return type(self).loss(*tensors, **{**self.options, **options})
 
     def extra_repr(self) -> str:
@@ -59,6 +79,12 @@ class SoftmaxKL(_Loss):
     """``functional.softmax_kl`` with fixed options: ``forward(z_s, z_t, mask=None)``."""
 
     loss = staticmethod(functional.softmax_kl)
+
+
+class LogitKL(_Loss):
+    """``functional.logit_kl`` with fixed options: ``forward(z_s, z_t, mask=None)``."""
+
+    loss = staticmethod(functional.logit_kl)
 
 
 class LinearKL(_Loss):
@@ -108,3 +134,38 @@ class HiddenMSE(_Loss):
         if self.projection is not None:
             options = {"weight": self.projection.weight, "bias": self.projection.bias, **options}
         return super().forward(*tensors, **options)
+
+
+class HiddenCombineMSE(_Loss):
+    """``functional.hidden_combine_mse`` with its projection of all teacher states, which is trained.
+
+    Args:
+        widths_s: widths of the student's states.
+        widths_t: widths of the teacher's states.
+        bias: whether the projection has one.
+        **options: as for ``functional.hidden_combine_mse``.
+    """
+
+    loss = staticmethod(functional.hidden_combine_mse)
+
+    def __init__(
+        self,
+        widths_s: Sequence[int],
+        widths_t: Sequence[int],
+        *,
+        bias: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.projection = nn.Linear(sum(widths_t), sum(widths_s), bias=bias)
+
+    def forward(  # type: ignore[override]
+        self,
+        h_s: Sequence[Tensor],
+        h_t: Sequence[Tensor],
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Loss of states (..., d_s) and (..., d_t), one of each width given, under a mask (...,)."""
+        weight, bias = self.projection.weight, self.projection.bias
+        return super().forward(h_s, h_t, weight, bias, mask, **options)

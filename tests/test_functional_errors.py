@@ -69,6 +69,36 @@ H = torch.randn(2, 6, 8)
         (lambda: functional.softmax_kl(H, H[..., :4]), "same labels"),
         (lambda: functional.softmax_kl(H, H, torch.ones(2)), "mask must have shape"),
         (
+            lambda: functional.softmax_kl(H, H, torch.zeros(2, 6)),
+            r"mask must be bool or integer, .* if it is an additive one, mask == 0",
+        ),
+        (lambda: functional.attention_kl(None, Q, Q, Q), "a_s must be a tensor, got NoneType"),
+        (lambda: functional.attention_kl(*[Q[..., :0]] * 4), "dimension of a_s must be at least 1"),
+        (
+            lambda: functional.softmax_kl(H[0, 0, 0], H[0, 0, 0]),
+            "dimension of z_s must be at least",
+        ),
+        (
+            lambda: functional.attention_kl(Q, Q, Q, Q, relation_heads=2.0),
+            "relation_heads must be a whole number, got float",
+        ),
+        (
+            lambda: functional.softmax_kl(H, H, temperature=torch.tensor(2.0)),
+            r"temperature must be a number, got a tensor; pass float\(temperature\)",
+        ),
+        (
+            lambda: functional.softmax_kl(H, H, temperature=float("inf")),
+            "temperature must be finite, got inf",
+        ),
+        (
+            lambda: functional.attention_mse(Q, Q, Q, Q, scale_t="8"),
+            "scale_t must be a number, got str",
+        ),
+        (
+            lambda: modules.AttentionKL(temprature=2.0),
+            "unknown option of AttentionKL 'temprature'. Did you mean 'temperature'",
+        ),
+        (
             lambda: functional.linear_kl(H, torch.ones(5, 4), H, torch.ones(5, 8)),
             "w_s .* does not take h_s of width 8",
         ),

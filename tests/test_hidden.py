@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import relative
 from torch.nn.functional import cosine_similarity, linear, mse_loss
 
-from bertkd import functional
+from bertkd import functional, modules
 from bertkd.ops.chunked import tiles
 
 
@@ -215,3 +215,30 @@ def test_arguments_that_do_not_fit_are_named():
         functional.hidden_cosine([h_s, h_s], [h_s, h_s])
     with pytest.raises(TypeError, match="row_weight must be a tensor, got float"):
         functional.hidden_mse(h_s, h_s, row_weight=0.5)
+
+
+@pytest.mark.parametrize("impl", ["eager", "chunked", "auto"])
+def test_gradients_of_weights_in_half_precision_are_finite(impl):
+    # Summed over the rows, before the mean's division, they would leave the range of float16.
+    h_s, h_t = states(4096, 16, seed=0), 40 * states(4096, 8, seed=1)
+    weight, bias = 4 * states(8, 16, seed=2), 4 * states(8, seed=3)
+
+    def grads(dtype):
+        trained = [x.detach().to(dtype).requires_grad_() for x in (weight, bias)]
+        loss = functional.hidden_mse(
+            h_s.to(dtype), h_t.to(dtype), weight=trained[0], bias=trained[1], impl=impl
+        )
+        return torch.autograd.grad(loss, trained)
+
+    for got, want in zip(grads(torch.float16), grads(torch.float32), strict=True):
+        assert got.dtype == torch.float16
+        torch.testing.assert_close(got.float(), want.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_the_module_of_combine_owns_the_projection_of_all_teacher_states():
+    loss = modules.HiddenCombineMSE([3, 3], [4, 5], bias=True)
+    h_s = [states(2, 6, 3, seed=i) for i in range(2)]
+    h_t = [states(2, 6, width, seed=width) for width in (4, 5)]
+    target = loss.projection(torch.cat([x.float() for x in h_t], -1))
+    want = torch.nn.functional.mse_loss(torch.cat([x.float() for x in h_s], -1), target)
+    torch.testing.assert_close(loss([x.float() for x in h_s], [x.float() for x in h_t]), want)

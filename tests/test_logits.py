@@ -11,6 +11,7 @@ from torch.nn.functional import kl_div, log_softmax, softmax
 from bertkd import functional
 from bertkd.ops.chunked import linear_kl as chunked_linear
 from bertkd.ops.chunked import tiles
+from bertkd.ops.dispatch import implementation
 
 
 def normal(*shape, seed, dtype=torch.float32):
@@ -149,8 +150,58 @@ def test_huge_logits_and_equal_logits():
 
 def test_nothing_counts_gives_zero():
     z_s, z_t = normal(3, 4, seed=0), normal(3, 4, seed=1)
-    none = torch.zeros(3)
+    none = torch.zeros(3, dtype=torch.bool)
     assert all((x == 0).all() for x in value_and_grads(functional.softmax_kl, [z_s], z_t, none))
     args = (normal(4, 2, seed=3), normal(3, 2, seed=2), normal(4, 2, seed=3))
     results = value_and_grads(functional.linear_kl, [z_s[:, :2], args[0]], args[1], args[2], none)
     assert all((x == 0).all() for x in results)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("impl", ["chunked", "auto"])
+def test_rows_that_do_not_count_are_not_projected_without_a_reduction(impl, grad, monkeypatch):
+    projected = []
+
+    def spied(definition):
+        def spy(h_s, *rest):
+            projected.append(h_s.shape[0])
+            return definition(h_s, *rest)
+
+        return spy
+
+    for module in map(implementation, ("chunked", "native")):
+        monkeypatch.setattr(module, "linear_kl_rows", spied(module.linear_kl_rows))
+    h_s, h_t = normal(7, 4, seed=0).requires_grad_(grad), normal(7, 4, seed=1)
+    w_s, w_t = normal(9, 4, seed=2), normal(9, 4, seed=3)
+    mask = torch.tensor([1, 0, 1, 1, 0, 0, 0])
+    got = functional.linear_kl(h_s, w_s, h_t, w_t, mask, reduction="none", impl=impl)
+    want = functional.linear_kl(h_s, w_s, h_t, w_t, mask, reduction="none", impl="eager")
+    torch.testing.assert_close(got, want)
+    assert projected == [3]
+    if grad:
+        gradients = [torch.autograd.grad(x.sum(), h_s)[0] for x in (got, want)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", ["chunked", "auto"])
+def test_a_teacher_in_inference_mode(reduction, impl):
+    z_s = normal(5, 6, seed=0)
+    with torch.inference_mode():
+        z_t = normal(5, 6, seed=1) + 0
+    assert z_t.is_inference()
+    options = {"reduction": reduction, "impl": impl}
+    got = value_and_grads(functional.softmax_kl, [z_s], z_t, **options)
+    want = value_and_grads(functional.softmax_kl, [z_s], z_t.clone(), **options)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_a_batch_of_upstream_gradients():
+    z_s, z_t = normal(5, 6, seed=0).requires_grad_(), normal(5, 6, seed=1)
+    factors = torch.tensor([1.0, 2.0, 0.0])
+    (got,) = torch.autograd.grad(
+        functional.softmax_kl(z_s, z_t), z_s, factors, is_grads_batched=True
+    )
+    (one,) = torch.autograd.grad(functional.softmax_kl(z_s, z_t), z_s)
+    torch.testing.assert_close(got, factors.view(3, 1, 1) * one)

@@ -35,7 +35,7 @@ def inputs(op):
         "hidden_cosine_fwd_bwd": (rows, d_s.half(), d_s),
         "softmax_kl_rows": (d_s.half(), d_s, 2.0),
         "softmax_kl_fwd_bwd": (rows, d_s.half(), d_s, 2.0),
-        "linear_kl_rows": linear,
+        "linear_kl_rows": (*linear, rows),
         "linear_kl_fwd_bwd": (rows, *linear),
     }[op]
 

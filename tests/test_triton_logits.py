@@ -161,9 +161,8 @@ def test_linear_of_mixed_dtypes(compaction, poisoned):
 def test_linear_without_any_row(compaction, poisoned):
     for dtype in (FULL, HALF):
         tensors = decoders(5, 8, 8, 50, dtype)
-        results = value_and_grads(
-            linear, tensors[:3], *tensors[3:], mask=torch.zeros(5), impl="triton"
-        )
+        none = torch.zeros(5, dtype=torch.bool)
+        results = value_and_grads(linear, tensors[:3], *tensors[3:], mask=none, impl="triton")
         assert all((x == 0).all() for x in results)
 
 
@@ -185,10 +184,10 @@ def test_weights_do_not_leave_the_range_of_half_precision(factor, compaction):
 def test_no_rows():
     none, weight, bias = torch.empty(0, 20), randn(30, 20, seed=2), randn(30, seed=3)
     results = [*OPS["softmax_kl_fwd_bwd"](torch.ones(0), none, none, 1.0, "triton")]
-    linear_args = (none, weight, bias, none, weight, bias, 1.0, "triton")
-    results += OPS["linear_kl_fwd_bwd"](torch.ones(0), *linear_args)
+    linear_args = (none, weight, bias, none, weight, bias, 1.0)
+    results += OPS["linear_kl_fwd_bwd"](torch.ones(0), *linear_args, "triton")
     assert all((x == 0).all() for x in results)
-    assert OPS["linear_kl_rows"](*linear_args).shape == (0,)
+    assert OPS["linear_kl_rows"](*linear_args, None, "triton").shape == (0,)
 
 
 def compare_loop():

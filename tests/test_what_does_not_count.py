@@ -67,6 +67,8 @@ def test_rows_that_do_not_count_may_hold_nan_in_evaluation_too(reduction):
 def test_no_tokens(loss, impl):
     sides = 1 if loss is functional.value_relation_kl else 2
     student, teacher = qkv(2, 2, 0, 8, seed=0)[:sides], qkv(2, 2, 0, 8, seed=1)[:sides]
-    value, *grads = value_and_grads(loss, student, *teacher, torch.ones(2, 0), impl=impl)
+    value, *grads = value_and_grads(
+        loss, student, *teacher, torch.ones(2, 0, dtype=torch.bool), impl=impl
+    )
     assert value == 0
     assert all(grad.shape == (2, 2, 0, 8) for grad in grads)

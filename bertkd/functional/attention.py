@@ -9,9 +9,15 @@ from torch import Tensor
 
 from bertkd import reference
 from bertkd.ops.autograd import row_loss, sum_loss
-from bertkd.ops.checks import check_attention, check_options, check_tensors, regroup_heads
+from bertkd.ops.checks import (
+    check_attention,
+    check_number,
+    check_options,
+    check_tensors,
+    regroup_heads,
+)
 from bertkd.ops.dispatch import requested
-from bertkd.ops.rows import as_mask, row_weights, weighted
+from bertkd.ops.rows import as_mask, row_weights
 
 
 def relation_kl(
@@ -178,6 +184,9 @@ def _attention_loss(
 ) -> Tensor:
     """Checks, head re-split, choice of implementation and reduction of both attention ops."""
     a_s, b_s, a_t, b_t = tensors
+    for name, scale in zip(("scale_s", "scale_t"), scales, strict=True):
+        if scale is not None:
+            check_number(op, name, scale)
     # A relation of one tensor with itself has symmetric scores, and one gradient.
     of_itself = op == "relation_kl" and a_s is b_s and a_t is b_t
     regroup = partial(regroup_heads, op, relation_heads=relation_heads)
@@ -192,7 +201,7 @@ def _attention_loss(
         for scale, x in zip(scales, (a_s, a_t), strict=True)
     )
     dtype = reference.compute_dtype(*tensors)
-    impl = requested(op, impl, next(iter(eager_option), None))
+    impl = requested(impl, next(iter(eager_option), None))
     weight, count = row_weights(
         op, rows, None if count_pads else mask, row_weight, dtype=dtype, device=a_s.device
     )
@@ -212,7 +221,7 @@ def _attention_loss(
         args, wrt = (*sides, mask, scale_s, scale_t), range(len(sides) // 2)
         if reduction != "none":
             return sum_loss(name, impl, weight, args, wrt, divisor)
-        loss = weighted(row_loss(name, impl, args, wrt=wrt), weight)
+        loss = row_loss(name, impl, weight, args, wrt)
     else:
         loss = weight * eager_rows(
             a_s, b_s, a_t, b_t, mask, scale_s=scale_s, scale_t=scale_t, **eager_option

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bertkd import reference
-from bertkd.ops.autograd import sum_loss
-from bertkd.ops.checks import check_options, check_tensors
+from bertkd.ops.autograd import in_float32, sum_loss
+from bertkd.ops.checks import check_bias, check_options, check_tensors
 from bertkd.ops.dispatch import requested
 from bertkd.ops.rows import as_mask, row_weights
 
@@ -54,9 +54,10 @@ def hidden_mse(
     op = "hidden_mse"
     check_options(op, reduction)
     students, teachers = _states(op, h_s, h_t)
-    check_tensors(op, None, weight=weight, bias=bias, h_s=students[0])
     if weight is None and bias is not None:
         raise ValueError(f"{op}: bias needs weight. Pass the projection's weight too.")
+    if weight is not None:
+        check_tensors(op, None, weight=weight, h_s=students[0])
     width_s, width_t = students[0].shape[-1], teachers[0].shape[-1]
     if weight is None and width_s != width_t:
         raise ValueError(
@@ -67,14 +68,14 @@ def hidden_mse(
         raise ValueError(
             f"{op}: weight must have shape (d_t, d_s) = ({width_t}, {width_s}), got {tuple(weight.shape)}."
         )
-    _check_bias(op, bias, width_t)
+    check_bias(op, "bias", bias, width_t, students[0].device)
     if len(students) > 1 and (weight is not None or reduction == "none"):
         raise ValueError(
             f"{op}: weight and reduction='none' take one state per call, got {len(students)}. Call once per state."
         )
     weights, count = _rows(op, students, teachers, weight, mask, row_weight, count_pads)
     divisor = count * width_t if reduction == "mean" else None
-    impl = requested(op, impl)
+    impl = requested(impl)
     # One row per token needs no tiles: without a reduction the definition serves every implementation.
     if impl == "eager" or reduction == "none":
         per_row = sum(
@@ -88,6 +89,7 @@ def hidden_mse(
     if weight is None:
         flat = [[x.reshape(-1, x.shape[-1]) for x in side] for side in (students, teachers)]
         return sum_loss(op, impl, weights.reshape(-1), flat, range(len(students)), divisor)
+    weight, bias = in_float32(weight), in_float32(bias)
     args = (students[0].reshape(-1, width_s), weight, bias, teachers[0].reshape(-1, width_t))
     return sum_loss("hidden_proj_mse", impl, weights.reshape(-1), args, (0, 1, 2), divisor)
 
@@ -131,20 +133,20 @@ def hidden_combine_mse(
             raise ValueError(f"{op}: {name} is empty. Pass at least one state.")
     named = {f"h_s[{i}]": x for i, x in enumerate(students)}
     named |= {f"h_t[{i}]": x for i, x in enumerate(teachers)}
-    check_tensors(op, None, weight=weight, bias=bias, **named)
+    check_tensors(op, None, weight=weight, **named)
     shape = (sum(x.shape[-1] for x in students), sum(x.shape[-1] for x in teachers))
     if tuple(weight.shape) != shape:
         raise ValueError(f"{op}: weight must have shape {shape}, got {tuple(weight.shape)}.")
-    _check_bias(op, bias, shape[0])
+    check_bias(op, "bias", bias, shape[0], weight.device)
     weights, count = _rows(op, students, teachers, weight, mask, row_weight, count_pads)
-    impl = requested(op, impl)
+    impl = requested(impl)
     if impl == "eager":
         dtype = weights.dtype
         joined = [_concatenate(states, dtype) for states in (teachers, students)]
         target = reference.hidden_mse_rows(joined[0], joined[1], weight, bias)
         return (target * weights).sum() / (count * shape[0])
     flat = [[x.reshape(-1, x.shape[-1]) for x in side] for side in (students, teachers)]
-    args = (flat[0], weight, bias, flat[1])
+    args = (flat[0], in_float32(weight), in_float32(bias), flat[1])
     wrt = range(len(students) + 2)
     return sum_loss(op, impl, weights.reshape(-1), args, wrt, count * shape[0])
 
@@ -189,7 +191,7 @@ def hidden_cosine(
             f"{op}: h_s has width {width_s} and h_t {width_t}. Project one of them first."
         )
     weights, count = _rows(op, students, teachers, None, mask, row_weight, count_pads)
-    impl = requested(op, impl)
+    impl = requested(impl)
     if impl == "eager" or reduction == "none":
         loss = reference.hidden_cosine_rows(students[0], teachers[0]) * weights
         if reduction == "none":
@@ -217,11 +219,6 @@ def _states(op: str, h_s: States, h_t: States) -> tuple[list[Tensor], list[Tenso
             shapes = ", ".join(str(tuple(x.shape)) for x in side)
             raise ValueError(f"{op}: the states of one call must have one shape, got {shapes}.")
     return students, [t.detach() for t in teachers]
-
-
-def _check_bias(op: str, bias: Tensor | None, width: int) -> None:
-    if bias is not None and tuple(bias.shape) != (width,):
-        raise ValueError(f"{op}: bias must have shape ({width},), got {tuple(bias.shape)}.")
 
 
 def _rows(op, students, teachers, weight, mask, row_weight, count_pads):

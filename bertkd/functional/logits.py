@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from bertkd import reference
-from bertkd.ops.autograd import row_loss, sum_loss
-from bertkd.ops.checks import check_mask, check_options, check_tensors
+from bertkd.ops.autograd import in_float32, row_loss, sum_loss
+from bertkd.ops.checks import check_bias, check_options, check_tensors
 from bertkd.ops.dispatch import requested
-from bertkd.ops.rows import as_mask, row_weights, weighted
+from bertkd.ops.rows import as_mask, row_weights
 
 
 def softmax_kl(
@@ -101,7 +101,7 @@ def linear_kl(
     """
     op = "linear_kl"
     check_options(op, reduction, temperature)
-    check_tensors(op, None, h_s=h_s, h_t=h_t, bias_s=bias_s, bias_t=bias_t)
+    check_tensors(op, None, h_s=h_s, h_t=h_t)
     check_tensors(op, 2, w_s=w_s, w_t=w_t)
     if h_s.shape[:-1] != h_t.shape[:-1]:
         raise ValueError(
@@ -119,11 +119,11 @@ def linear_kl(
             f"{op}: w_s has {vocabulary} rows and w_t {w_t.shape[0]}: both decoders need one vocabulary."
         )
     for name, bias in (("bias_s", bias_s), ("bias_t", bias_t)):
-        check_mask(op, name, bias, (vocabulary,), h_s.device)
+        check_bias(op, name, bias, vocabulary, h_s.device)
     h_t, w_t = h_t.detach(), w_t.detach()
     bias_t = None if bias_t is None else bias_t.detach()
     flat = [x.reshape(-1, x.shape[-1]) for x in (h_s, h_t)]
-    args = (flat[0], w_s, bias_s, flat[1], w_t, bias_t, temperature)
+    args = (flat[0], in_float32(w_s), in_float32(bias_s), flat[1], w_t, bias_t, temperature)
     eager = (
         reference.linear_kl_rows,
         h_s,
@@ -158,7 +158,7 @@ def _row_kl(
     rows = tuple(like.shape[:-1])
     mask = as_mask(op, mask, like, rows)
     weights, count = row_weights(op, rows, mask, row_weight, dtype=dtype, device=like.device)
-    impl = requested(op, impl)
+    impl = requested(impl)
     # One factor for both: T^2 goes the way of the mean.
     factor = temperature**2 if t_squared else 1.0
     divisor = count / factor if reduction == "mean" else None
@@ -169,7 +169,7 @@ def _row_kl(
         loss = definition(*inputs) * weights
         loss = loss if reduction == "none" else loss.sum()
     elif reduction == "none":
-        loss = weighted(row_loss(op, impl, args, wrt=wrt).view(rows), weights)
+        loss = row_loss(op, impl, weights.reshape(-1), args, wrt).view(rows)
     else:
         loss = sum_loss(op, impl, weights.reshape(-1), args, wrt)
     return loss * factor if divisor is None else loss / divisor

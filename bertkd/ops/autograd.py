@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from bertkd.ops.dispatch import unavailable
 from bertkd.ops.rows import weighted
-from bertkd.ops.schema import OPS
+from bertkd.ops.schema import LEAVES_ROWS_OUT, OPS
 
 Arg = Tensor | Sequence[Tensor] | float | None
 
@@ -51,9 +51,13 @@ def _scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     return grad.mul_(factor) if in_place else grad * factor
 
 
-def _is_last_visit() -> bool:
-    """Whether the graph is freed after this backward, so that what it saved may be overwritten."""
+def _is_last_visit(upstream: Tensor) -> bool:
+    """Whether the graph is freed after this backward, so that what it saved may be overwritten; not by a batch of
+    upstream gradients, which vmap shows as one."""
     if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
@@ -118,23 +122,36 @@ class SumLoss(torch.autograd.Function):
     @first_order
     def backward(ctx, grad_loss):
         # A gradient is as large as its tensor: a copy of each would cost memory, and time to fault it in.
-        last = _is_last_visit()
+        last = _is_last_visit(grad_loss)
         if last and _is_one(grad_loss):
             return None, None, None, None, None, *ctx.saved_tensors
         grads = [None if g is None else _scaled(g, grad_loss, last) for g in ctx.saved_tensors]
         return None, None, None, None, None, *grads
 
 
+def _rows(op: str, impl: str, args: Sequence[Arg], row_weight: Tensor) -> Tensor:
+    """Every row of an op; where a row is dear, those that do not count are left out and come out as 0."""
+    counted = (row_weight,) if op in LEAVES_ROWS_OUT else ()
+    return OPS[f"{op}_rows"](*args, *counted, impl)
+
+
+def _can_be_saved(arg: Any) -> bool:
+    """Autograd takes no tensors made in inference mode, such as a teacher's. Nobody can write to them any more, which
+    is what saving them would watch for."""
+    return isinstance(arg, Tensor) and not (
+        not torch.compiler.is_compiling() and arg.is_inference()
+    )
+
+
 class RowLoss(torch.autograd.Function):
     """An op's rows; the backward is its one-visit form with the upstream gradient as weights."""
 
     @staticmethod
-    def forward(ctx, op, impl, wrt, groups, *args):
+    def forward(ctx, op, impl, wrt, groups, row_weight, *args):
         ctx.op, ctx.impl, ctx.wrt, ctx.groups = op, impl, wrt, groups
-        is_tensor = [isinstance(arg, Tensor) for arg in args]
-        ctx.static = [None if t else arg for t, arg in zip(is_tensor, args, strict=True)]
-        ctx.save_for_backward(*[arg if t else None for t, arg in zip(is_tensor, args, strict=True)])
-        return OPS[f"{op}_rows"](*_pack(args, groups), impl)
+        ctx.static = [None if _can_be_saved(arg) else arg for arg in args]
+        ctx.save_for_backward(*[arg if _can_be_saved(arg) else None for arg in args])
+        return _rows(op, impl, _pack(args, groups), row_weight)
 
     @staticmethod
     @first_order
@@ -143,7 +160,7 @@ class RowLoss(torch.autograd.Function):
         args = [a if t is None else t for t, a in zip(saved, ctx.static, strict=True)]
         packed = _pack(args, ctx.groups)
         _, *grads = OPS[f"{ctx.op}_fwd_bwd"](grad_rows.contiguous(), *packed, ctx.impl)
-        return None, None, None, None, *_place(grads, ctx.wrt, args)
+        return None, None, None, None, None, *_place(grads, ctx.wrt, args)
 
 
 def _needs_grad(flat: Sequence[Any], wrt: Sequence[int]) -> bool:
@@ -196,16 +213,27 @@ def _sum_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:
     if not _needs_grad(flat, wrt):
         with torch.no_grad():
             if f"{op}_rows" in OPS:
-                return weighted(OPS[f"{op}_rows"](*flat, impl), row_weight).sum()
+                return weighted(_rows(op, impl, flat, row_weight), row_weight).sum()
             return OPS[f"{op}_fwd_bwd"](row_weight, *_pack(flat, groups), impl)[0]
     return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)
 
 
-def row_loss(op: str, impl: str, args: Sequence[Arg], wrt: Sequence[int]) -> Tensor:
-    """Every row of an op, differentiable in ``wrt``; without gradients just the forward."""
+def row_loss(
+    op: str, impl: str, row_weight: Tensor, args: Sequence[Arg], wrt: Sequence[int]
+) -> Tensor:
+    """``row_weight * rows`` of an op, differentiable in ``wrt``; arguments as for ``sum_loss``."""
     flat, groups = _flatten(args)
     _refuse_tangents(op, flat)
-    if not _needs_grad(flat, wrt):
-        with torch.no_grad():
-            return OPS[f"{op}_rows"](*_pack(flat, groups), impl)
-    return RowLoss.apply(op, impl, tuple(wrt), groups, *flat)
+    if _needs_grad(flat, wrt):
+        return weighted(RowLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat), row_weight)
+    with torch.no_grad():
+        return weighted(_rows(op, impl, _pack(flat, groups), row_weight), row_weight)
+
+
+def in_float32(weight: Tensor | None) -> Tensor | None:
+    """A trained weight or bias in float16 as float32, whose gradient becomes float16 after a mean's division.
+
+    Its gradient is a sum over all rows, for which float16 has no room before that (see ``sum_loss``).
+    """
+    is_half = weight is not None and weight.dtype == torch.float16 and weight.requires_grad
+    return weight.float() if is_half else weight  # type: ignore[union-attr]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,11 @@ REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(op: str, rank: int | None, **tensors: Tensor | None) -> None:
-    """Refuse non-tensors, integer dtypes, DTensors, a wrong rank, and a mix of devices."""
+def check_tensors(op: str, rank: int | None, **tensors: Tensor) -> None:
+    """Refuse what is no tensor, integer dtypes, DTensors, a wrong rank (any but 0 for None), a width of 0, and a mix
+    of devices."""
     device: tuple[str, torch.device] | None = None
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}.")
         if type(tensor).__name__ == "DTensor":
@@ -30,6 +31,10 @@ def check_tensors(op: str, rank: int | None, **tensors: Tensor | None) -> None:
             raise ValueError(
                 f"{op}: {name} must have {rank} dimensions, got shape {tuple(tensor.shape)}."
             )
+        if tensor.dim() == 0 or tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{op}: the last dimension of {name} must be at least 1, got shape {tuple(tensor.shape)}."
+            )
         if device is None:
             device = (name, tensor.device)
         elif device[1] != tensor.device:
@@ -41,20 +46,36 @@ def check_tensors(op: str, rank: int | None, **tensors: Tensor | None) -> None:
 def check_mask(
     op: str, name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    """Refuse a mask or weight of another shape or device."""
+    """Refuse a mask, row weight or bias of another shape or device, and a mask of floats."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(mask).__name__}.")
+    is_mask = name == "mask"
     if tuple(mask.shape) != shape:
-        raise ValueError(
-            f"{op}: {name} must have shape {shape}, got {tuple(mask.shape)}. For a mask pass the tokenizer's "
-            "2-D attention_mask (1 = real token), not an additive one."
+        advice = (
+            " Pass the tokenizer's 2-D attention_mask (1 = real token), not an additive one."
+            if is_mask
+            else ""
+        )
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(mask.shape)}.{advice}")
+    if is_mask and (mask.is_floating_point() or mask.is_complex()):
+        # An additive mask is 0 at real tokens and would be taken for its opposite.
+        raise TypeError(
+            f"{op}: mask must be bool or integer, 1 = real token, got {mask.dtype}. If it holds ones and zeros, pass "
+            "mask.bool(); if it is an additive one, mask == 0."
         )
     if mask.device != device:
         raise ValueError(
             f"{op}: {name} is on {mask.device}, the tensors on {device}. Move it there."
         )
+
+
+def check_bias(op: str, name: str, bias: Tensor | None, width: int, device: torch.device) -> None:
+    """Refuse a bias that is not floating point, of shape (width,) and on the device."""
+    if bias is not None:
+        check_tensors(op, None, **{name: bias})
+        check_mask(op, name, bias, (width,), device)
 
 
 def check_options(op: str, reduction: str, temperature: float = 1.0) -> None:
@@ -63,8 +84,22 @@ def check_options(op: str, reduction: str, temperature: float = 1.0) -> None:
         raise ValueError(
             f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}."
         )
-    if not temperature > 0:
+    check_number(op, "temperature", temperature)
+    if temperature <= 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature}.")
+
+
+def check_number(op: str, name: str, value: float) -> None:
+    """Refuse what is no finite number; a tensor too, which would get no gradient and make the host wait."""
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{op}: {name} must be a number, got a tensor; pass float({name}). It is not trained: to train a scale, "
+            "multiply a tensor by it."
+        )
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{op}: {name} must be finite, got {value}.")
 
 
 def check_attention(op: str, **sides: tuple[Tensor, Tensor]) -> None:
@@ -96,6 +131,10 @@ def regroup_heads(op: str, name: str, x: Tensor, relation_heads: int | None) -> 
     """Concatenate the heads of (B, H, L, D) and re-split them into ``relation_heads``: (B, R, L, H D / R)."""
     if relation_heads is None:
         return x
+    if isinstance(relation_heads, bool) or not isinstance(relation_heads, Integral):
+        raise TypeError(
+            f"{op}: relation_heads must be a whole number, got {type(relation_heads).__name__} {relation_heads!r}."
+        )
     batch, heads, length, width = x.shape
     if relation_heads < 1 or (heads * width) % relation_heads:
         raise ValueError(

@@ -53,11 +53,10 @@ def unavailable(impl: str) -> str | None:
     return implementation(impl).unavailable()
 
 
-def requested(op: str, impl: str = "auto", eager_only: str | None = None) -> str:
+def requested(impl: str = "auto", eager_only: str | None = None) -> str:
     """The implementation asked for, by the argument or else by ``BERTKD_IMPL``; may still be "auto".
 
     Args:
-        op: name of the op, for the message.
         impl: the caller's wish.
         eager_only: the argument that only ``eager`` implements, if the caller gave one.
 
@@ -162,13 +161,18 @@ def op_of_loss(name: str) -> str:
 
 
 def explain(
-    op: str, *tensors: Tensor, impl: str = "auto", device: torch.device | str = "cpu"
+    op: str,
+    *tensors: Tensor | Sequence[Tensor],
+    impl: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> str:
     """Say in one line which implementation would run ``op`` on these tensors, and why.
 
     Args:
-        op: name of a loss, e.g. ``"attention_kl"``.
-        *tensors: the loss's tensors. Without any, float32 ones of BERT-base's sizes are assumed.
+        op: name of a loss, e.g. ``"attention_kl"``; ``"hidden_proj_mse"`` for a ``hidden_mse`` with a
+            projection.
+        *tensors: the loss's tensors, or lists of states as the loss takes them. Without any, float32 ones of
+            BERT-base's sizes are assumed.
         impl: as given to the loss.
         device: where the assumed tensors live.
 
@@ -181,6 +185,7 @@ def explain(
     """
     stem = op_of_loss(op)
     # Nothing reads them, so memory is all they cost, and hardly that: pages that nobody touches.
-    given = tensors or [torch.empty(shape, device=device) for shape in _TYPICAL[stem]]
-    choice = resolve(stem, requested(op, impl), given)
+    given = [x for arg in tensors for x in ([arg] if isinstance(arg, Tensor) else arg)]
+    given = given or [torch.empty(shape, device=device) for shape in _TYPICAL[stem]]
+    choice = resolve(stem, requested(impl), given)
     return f"{op} on {given[0].device.type}: {choice.impl} ({choice.reason})"

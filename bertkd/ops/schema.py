@@ -12,6 +12,7 @@ which code runs; where it says "auto", ``dispatch`` decides inside the op, where
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +49,15 @@ SCHEMAS = {
     "softmax_kl_fwd_bwd": (
         "(Tensor row_weight, Tensor z_s, Tensor z_t, float temperature, str impl) -> (Tensor, Tensor)"
     ),
-    "linear_kl_rows": f"({_LINEAR}, str impl) -> Tensor",
+    "linear_kl_rows": f"({_LINEAR}, Tensor? row_weight, str impl) -> Tensor",
     "linear_kl_fwd_bwd": (
         f"(Tensor row_weight, {_LINEAR}, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
+
+
+# Ops whose rows are projected first: their row form takes the weights too, and makes 0 of rows that weigh nothing.
+LEAVES_ROWS_OUT = ("linear_kl",)
 
 
 def _loss(like: Tensor, *tensors: Tensor | None) -> Tensor:
@@ -105,7 +110,7 @@ def _fake_softmax_fwd_bwd(row_weight, z_s, z_t, temperature, impl):
     return _loss(z_s, z_t), _grad(z_s, z_s)
 
 
-def _fake_linear_rows(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, impl):
+def _fake_linear_rows(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, row_weight, impl):
     return _rows(h_s, w_s, h_t, w_t)
 
 
@@ -138,14 +143,32 @@ def _kernel(name: str):
 
     def run(*args):
         *inputs, impl = args
+        row_weight = None
+        if stem in LEAVES_ROWS_OUT and not is_weighted:
+            *inputs, row_weight = inputs
         tensors = float_tensors(inputs[is_weighted:])
         choice = resolve(stem, impl, tensors)
         function = getattr(implementation(choice.impl), name)
+        if row_weight is not None:
+            function = partial(_counted_rows, function, row_weight)
         # Autocast would run the products in half precision.
         with torch.autocast(tensors[0].device.type, enabled=False):
             return function(*inputs)
 
     return run
+
+
+def _counted_rows(function: Callable[..., Tensor], row_weight: Tensor, *inputs: Any) -> Tensor:
+    """``linear_kl_rows`` of the rows that weigh anything, 0 for the others.
+
+    While a CUDA graph is captured all are projected: it cannot wait for their number.
+    """
+    if row_weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return function(*inputs)
+    kept = row_weight.nonzero().squeeze(-1)
+    h_s, w_s, bias_s, h_t, *rest = inputs
+    rows = function(h_s[kept], w_s, bias_s, h_t[kept], *rest)
+    return rows.new_zeros(row_weight.shape[0]).index_copy_(0, kept, rows)
 
 
 def float_tensors(inputs: Sequence[Any]) -> list[Tensor]:
