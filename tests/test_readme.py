@@ -38,7 +38,7 @@ SHELL = [
 def test_commands_parse(line):
     pytest.importorskip("jsonargparse")
     from bertkd.cli.main import build_parser
-    from bertkd.cli.parser import with_underscores
+    from bertkd.cli.plain import with_underscores
 
     words = with_underscores(shlex.split(line)[1:])
     assert build_parser().parse_args(words).command == words[0]

@@ -12,7 +12,6 @@ from typing import Any, NoReturn, get_type_hints
 import jsonargparse
 
 from bertkd.bench.commandline import description
-from bertkd.cli.plain import with_underscores as with_underscores
 
 USAGE_ERROR = 2
 
