@@ -1,9 +1,11 @@
-"""Errors that say what was wrong and what to do about it."""
+"""Errors that say what was wrong and what to do about it, and the checks that many share."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 
 class UnsupportedEncoderError(ValueError):
@@ -33,3 +35,14 @@ def unknown_name(kind: str, got: str, options: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ValueError(f"unknown {kind} {got!r}.{hint} Known: {', '.join(names)}.")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """``value`` as an int, NumPy's integers included; ``name`` is the argument it was given as.
+
+    Raises:
+        TypeError: if it is anything else, ``True`` and ``2.0`` included.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    return int(value)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertkd.encoders import EncoderSpec
+from bertkd.errors import whole_number
 
 # Not ALBERT and MobileBERT: shared blocks and bottlenecks are not made of leading rows and columns.
 SLICEABLE: tuple[str, ...] = (
@@ -69,17 +69,6 @@ def narrow_config(
     if getattr(config, "head_dim", None) is not None:
         config.head_dim = head_dim
     config.hidden_size, config.num_attention_heads = hidden, heads
-
-
-def whole_number(name: str, value: Any) -> int:
-    """``value`` as an int, NumPy's integers included; ``name`` is the argument it was given as.
-
-    Raises:
-        TypeError: if it is anything else, ``True`` and ``2.0`` included.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    return int(value)
 
 
 class Slicer:

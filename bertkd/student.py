@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from bertkd import encoders
 from bertkd.encoders import EncoderSpec
-from bertkd.errors import UnsupportedEncoderError, unknown_name
+from bertkd.errors import UnsupportedEncoderError, unknown_name, whole_number
 from bertkd.layer_maps import uniform_blocks
-from bertkd.narrow import Slicer, narrow_config, whole_number
+from bertkd.narrow import Slicer, narrow_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bertkd.data.sampler import LengthBucketSampler
-from bertkd.narrow import whole_number
+from bertkd.errors import whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bertkd.data.tables import Table
-from bertkd.narrow import whole_number
+from bertkd.errors import whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bertkd.data.tables import Table
-from bertkd.narrow import whole_number
+from bertkd.errors import whole_number
 
 
 @dataclass(frozen=True)

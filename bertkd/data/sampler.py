@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from bertkd.narrow import whole_number
+from bertkd.errors import whole_number
 
 
 class LengthBucketSampler(Sampler[list[int]]):
