@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bertkd.ops.native.library import DTYPES, unavailable
+from bertkd.ops.native.library import unavailable
 from bertkd.ops.self_attention import self_attention
+from bertkd.ops.tensors import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

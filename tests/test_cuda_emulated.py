@@ -8,7 +8,7 @@ import cuda_cases
 import pytest
 import torch
 
-from bertkd.ops import cuda
+from bertkd.ops import cuda, tensors
 from bertkd.ops.cuda import library, limits, relation_kl, rows
 
 # build_support is no part of the package: it lies beside it.
@@ -178,11 +178,11 @@ def test_softmax_kl_may_overwrite_its_logits(emulated):
     emulated.cuda.softmax_kl_fwd_bwd(
         4,
         (weight.data_ptr(), 1),
-        library.rows(z_s),
-        library.rows(z_t),
+        tensors.rows(z_s),
+        tensors.rows(z_t),
         2.0,
         again.data_ptr(),
-        library.rows(z_s),
+        tensors.rows(z_s),
         library.launch(work),
     )
     assert torch.equal(again, loss)
@@ -279,9 +279,9 @@ def test_a_head_too_large_for_the_device_is_refused(monkeypatch):
 
 def test_a_missing_workspace_and_an_unknown_dtype_are_refused(emulated):
     z, weight, out = torch.zeros(4, 8), torch.ones(4), torch.empty(())
-    args = (4, (weight.data_ptr(), 1), library.rows(z), library.rows(z), 1.0, out.data_ptr())
+    args = (4, (weight.data_ptr(), 1), tensors.rows(z), tensors.rows(z), 1.0, out.data_ptr())
     with pytest.raises(ValueError, match="workspace has 0 floats, needs 4"):
-        emulated.cuda.softmax_kl_fwd_bwd(*args, library.rows(z), (0, 0, 0))
+        emulated.cuda.softmax_kl_fwd_bwd(*args, tensors.rows(z), (0, 0, 0))
     strange = (z.data_ptr(), 9, 8, 8)
     with pytest.raises(ValueError, match="unknown dtype 9"):
         emulated.cuda.softmax_kl_rows(4, strange, strange, 1.0, out.data_ptr(), (0, 0, 0))

@@ -15,7 +15,8 @@ from native_cases import ISAS, machine, needs_native
 
 from bertkd import functional
 from bertkd.ops import native
-from bertkd.ops.native.library import heads, kernels, rows
+from bertkd.ops.native.library import kernels
+from bertkd.ops.tensors import heads, rows
 
 pytestmark = needs_native
 

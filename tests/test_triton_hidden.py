@@ -16,9 +16,9 @@ from bertkd.kernels import hidden_cosine as cosine_kernels
 from bertkd.kernels import hidden_mse as mse_kernels
 from bertkd.kernels import hidden_proj_mse as proj_kernels
 from bertkd.ops.schema import OPS
+from bertkd.ops.tensors import laid_out_like
 from bertkd.ops.triton import hidden_mse as mse_launcher
 from bertkd.ops.triton import hidden_proj_mse as proj_launcher
-from bertkd.ops.triton.attention import laid_out_like
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bertkd.ops.autograd import first_order
 from bertkd.ops.native import self_attention as native
-from bertkd.ops.native.library import DTYPES
+from bertkd.ops.tensors import DTYPES
 
 _COMMON = "Tensor? mask, Tensor? seed, float scale, float dropout"
 _QKV = "Tensor q, Tensor k, Tensor v"

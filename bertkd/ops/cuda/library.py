@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from functools import lru_cache
 from types import ModuleType
@@ -12,9 +11,6 @@ import torch
 from torch import Tensor
 
 from bertkd import _build
-
-# The codes of csrc/bertkd.h.
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @lru_cache(maxsize=1)
@@ -66,11 +62,6 @@ def kernels() -> Any:
     return module
 
 
-def guard(x: Tensor) -> Any:
-    """Makes the device of ``x`` the current one: a launch goes to the current device, not to its arguments'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def stream(x: Tensor) -> int:
     """The current stream of the device of ``x``, as an address."""
     return torch.cuda.current_stream(x.device).cuda_stream
@@ -84,13 +75,3 @@ def workspace(like: Tensor, floats: int) -> Tensor:
 def launch(work: Tensor) -> tuple[int, int, int]:
     """Where to launch, and what with: stream, address and size of the workspace."""
     return stream(work), work.data_ptr(), work.numel()
-
-
-def heads(x: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
-    """(B, H, L, D) as the kernels take it: address, dtype, width, strides of the other dimensions."""
-    return x.data_ptr(), DTYPES[x.dtype], x.shape[-1], x.stride()[:-1]
-
-
-def rows(x: Tensor) -> tuple[int, int, int, int]:
-    """(N, D) as the kernels take it: address, dtype, width, stride of the rows."""
-    return x.data_ptr(), DTYPES[x.dtype], x.shape[-1], x.stride(0)

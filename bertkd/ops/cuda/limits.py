@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bertkd import _build
-from bertkd.ops.cuda.library import DTYPES, kernels
+from bertkd.ops.cuda.library import kernels
+from bertkd.ops.tensors import DTYPES
 
 # As in csrc/cuda/bertkd_cuda.h.
 MAX_LENGTH, MIN_WIDTH, MAX_WIDTH = 128, 16, 128

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.cuda.library import guard, heads, kernels, launch, workspace
-
-
-def _mask(mask: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    return None if mask is None else (mask.data_ptr(), mask.stride())
+from bertkd.ops.cuda.library import kernels, launch, workspace
+from bertkd.ops.tensors import guard, heads, key_mask
 
 
 def _rows(op, a_s, b_s, a_t, b_t, mask, scale_s, scale_t) -> Tensor:
@@ -21,7 +18,7 @@ def _rows(op, a_s, b_s, a_t, b_t, mask, scale_s, scale_t) -> Tensor:
         getattr(kernels(), f"{op}_rows")(
             tuple(a_s.shape[:-1]),
             *map(heads, (a_s, b_s, a_t, b_t)),
-            _mask(mask),
+            key_mask(mask),
             scale_s,
             scale_t,
             out.data_ptr(),
@@ -45,7 +42,7 @@ def _fwd_bwd(
             tuple(a_s.shape[:-1]),
             (row_weight.data_ptr(), row_weight.stride()),
             *map(heads, (a_s, b_s, a_t, b_t)),
-            _mask(mask),
+            key_mask(mask),
             scale_s,
             scale_t,
             loss.data_ptr(),

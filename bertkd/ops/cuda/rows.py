@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bertkd.ops.cuda.library import guard, kernels, launch, rows, workspace
+from bertkd.ops.cuda.library import kernels, launch, workspace
+from bertkd.ops.tensors import guard, rows
 
 
 def softmax_kl_rows(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:

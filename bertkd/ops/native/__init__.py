@@ -14,9 +14,10 @@ from bertkd.ops.native.attention import (
     self_relation_kl_fwd_bwd,
     self_relation_kl_rows,
 )
-from bertkd.ops.native.library import DTYPES, isa, unavailable
+from bertkd.ops.native.library import isa, unavailable
 from bertkd.ops.native.linear_kl import linear_kl_fwd_bwd, linear_kl_rows
 from bertkd.ops.native.rows import hidden_mse_fwd_bwd, softmax_kl_fwd_bwd, softmax_kl_rows
+from bertkd.ops.tensors import DTYPES
 
 _OPS = (
     "relation_kl",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.native.library import empty_rows, heads, kernels, key_mask, unit_stride
+from bertkd.ops.native.library import empty_rows, kernels
+from bertkd.ops.tensors import heads, key_mask, unit_stride
 
 
 def _rows(op, a_s, b_s, a_t, b_t, mask, scale_s, scale_t) -> Tensor:

@@ -20,9 +20,6 @@ except ModuleNotFoundError:
 except ImportError as error:
     _reason = f"bertkd._C cannot be loaded: {error}"
 
-# The codes of csrc/bertkd.h.
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
 
 def unavailable() -> str | None:
     """Why the native kernels cannot run in this installation, or None."""
@@ -43,26 +40,6 @@ def kernels() -> ModuleType:
 def isa() -> str | None:
     """The instruction set the kernels use ("avx512", "avx2", "portable"), or None where they are not built."""
     return None if _C is None else _C.cpu_isa()
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """``x``, copied if its last dimension is not contiguous: the kernels read rows as vectors."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def heads(x: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
-    """(B, H, L, D) as the kernels take it: address, dtype, width, strides of the other dimensions."""
-    return x.data_ptr(), DTYPES[x.dtype], x.shape[-1], x.stride()[:-1]
-
-
-def key_mask(mask: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    """A boolean (B, L) as the kernels take it: address and strides."""
-    return None if mask is None else (mask.data_ptr(), mask.stride())
-
-
-def rows(x: Tensor) -> tuple[int, int, int, int]:
-    """(N, D) as the kernels take it: address, dtype, width, stride of the rows."""
-    return x.data_ptr(), DTYPES[x.dtype], x.shape[-1], x.stride(0)
 
 
 def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bertkd.ops.native.library import empty_rows, kernels, rows, unit_stride
+from bertkd.ops.native.library import empty_rows, kernels
+from bertkd.ops.tensors import rows, unit_stride
 
 
 def hidden_mse_fwd_bwd(

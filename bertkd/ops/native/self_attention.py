@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.native.library import heads, kernels, key_mask, unit_stride
+from bertkd.ops.native.library import kernels
+from bertkd.ops.tensors import heads, key_mask, unit_stride
 
 
 def empty_heads(like: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -65,28 +64,6 @@ def resident_programs(work: int, num_warps: int, x: Tensor) -> int:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """``x`` with neighbouring head components next to each other; a copy only where a caller transposed those."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def laid_out_like(given: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of ``given`` in its dtype and layout, ``grad`` itself where that already has both.
-
-    The layout is that of ``torch.empty_like``: of a slice it has the order of the strides, not the gaps between them.
-    """
-    if grad.dtype == given.dtype and grad.stride() == given.stride():
-        return grad
-    wanted = torch.empty_like(given, device="meta")
-    same = grad.dtype == wanted.dtype and grad.stride() == wanted.stride()
-    return grad if same else torch.empty_like(given).copy_(grad)
-
-
-def guard(x: Tensor) -> Any:
-    """Makes the device of ``x`` the current one: a launch goes to the current device, not to its arguments'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 class Shape(NamedTuple):

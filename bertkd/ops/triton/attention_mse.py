@@ -13,17 +13,8 @@ from bertkd.kernels.attention_mse import (
     attention_mse_gram_rows_kernel,
     attention_mse_pairs_kernel,
 )
-from bertkd.ops.triton.attention import (
-    Extents,
-    cdiv,
-    extents_of,
-    guard,
-    laid_out_like,
-    mask_arguments,
-    refusal,
-    shape_of,
-    unit_stride,
-)
+from bertkd.ops.tensors import guard, laid_out_like, unit_stride
+from bertkd.ops.triton.attention import Extents, cdiv, extents_of, mask_arguments, refusal, shape_of
 from bertkd.ops.triton.config import lookup
 
 __all__ = ["attention_mse_fwd_bwd", "attention_mse_rows", "refusal"]

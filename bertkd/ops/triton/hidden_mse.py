@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bertkd.kernels.hidden_cosine import hidden_cosine_kernel
 from bertkd.kernels.hidden_mse import hidden_mse_kernel
-from bertkd.ops.triton.attention import cdiv, guard, laid_out_like, power_of_2, unit_stride
+from bertkd.ops.tensors import guard, laid_out_like, unit_stride
+from bertkd.ops.triton.attention import cdiv, power_of_2
 from bertkd.ops.triton.states import alignment
 
 # Elements of a tile: 16 a thread, two loads of 16 bytes for 16-bit states.

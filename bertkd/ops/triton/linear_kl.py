@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bertkd.ops.triton.attention import laid_out_like, unit_stride
+from bertkd.ops.tensors import laid_out_like, unit_stride
 from bertkd.ops.triton.softmax_kl import row_kl
 from bertkd.ops.triton.states import add_product, aligned_parts, operand_dtype, product
 

@@ -7,18 +7,16 @@ from torch import Tensor
 
 from bertkd.kernels.relation_kl import relation_kl_keys_kernel, relation_kl_rows_kernel
 from bertkd.kernels.relation_kl_short import relation_kl_short_kernel
+from bertkd.ops.tensors import guard, laid_out_like, unit_stride
 from bertkd.ops.triton.attention import (
     LOG2E,
     Extents,
     block_length,
     cdiv,
     extents_of,
-    guard,
-    laid_out_like,
     mask_arguments,
     refusal,
     shape_of,
-    unit_stride,
 )
 from bertkd.ops.triton.config import TINY, Config, lookup, short_config, short_programs
 

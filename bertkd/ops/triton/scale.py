@@ -7,7 +7,8 @@ from torch import Tensor
 
 from bertkd.kernels.scale import scale_kernel
 from bertkd.ops.dispatch import warn_once
-from bertkd.ops.triton.attention import cdiv, guard, resident_programs
+from bertkd.ops.tensors import guard
+from bertkd.ops.triton.attention import cdiv, resident_programs
 
 BLOCK = 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -6,17 +6,15 @@ import torch
 from torch import Tensor
 
 from bertkd.kernels.self_relation_kl import self_relation_kl_short_kernel
+from bertkd.ops.tensors import guard, laid_out_like, unit_stride
 from bertkd.ops.triton.attention import (
     LOG2E,
     Extents,
     block_length,
     extents_of,
-    guard,
-    laid_out_like,
     mask_arguments,
     refusal,
     shape_of,
-    unit_stride,
 )
 from bertkd.ops.triton.config import TINY, Config, short_config, short_programs
 from bertkd.ops.triton.relation_kl import (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bertkd.ops.triton.attention import unit_stride
+from bertkd.ops.tensors import unit_stride
 
 
 def alignment(width: int, *tensors: Tensor | None) -> int:
