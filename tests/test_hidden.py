@@ -143,6 +143,21 @@ def _common(case, rows):
     }
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [functional.hidden_mse, functional.hidden_cosine])
+@pytest.mark.parametrize("impl", ["eager", "chunked"])
+def test_a_teacher_in_inference_mode(loss, reduction, impl):
+    h_s = states(3, 6, seed=0)
+    with torch.inference_mode():
+        h_t = states(3, 6, seed=1) + 0
+    assert h_t.is_inference()
+    options = {"reduction": reduction, "impl": impl}
+    got = value_and_grads(loss, [h_s], h_t, **options)
+    want = value_and_grads(loss, [h_s], h_t.clone(), **options)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 def test_zero_vectors_have_cosine_zero_and_finite_gradients():
     h_s, h_t = torch.zeros(2, 3), torch.randn(2, 3)
     h_t[1] = 0

@@ -193,7 +193,11 @@ def hidden_cosine(
     weights, count = _rows(op, students, teachers, None, mask, row_weight, count_pads)
     impl = requested(impl)
     if impl == "eager" or reduction == "none":
-        loss = reference.hidden_cosine_rows(students[0], teachers[0]) * weights
+        teacher = teachers[0]
+        if not torch.compiler.is_compiling() and teacher.is_inference():
+            # Autograd saves it, which it refuses to do with tensors made in inference mode.
+            teacher = teacher.clone()
+        loss = reference.hidden_cosine_rows(students[0], teacher) * weights
         if reduction == "none":
             return loss
         return loss.sum() / count if reduction == "mean" else loss.sum()
