@@ -70,7 +70,8 @@ def check(loss, case, student, teacher):
         actual = run(torch.float32, "chunked")
     moves = sensitivity(loss, student, *teacher, impl="eager", **options)
     for got, want, move in zip(actual, expected, moves, strict=True):
-        assert (got.double() - want).norm() <= 1e-5 * want.norm() + 1e-6 + move
+        # A KL near 0 is the difference of log-sum-exps as large as the logits, here up to 20.
+        assert (got.double() - want).norm() <= 1e-5 * want.norm() + 4e-6 + move
 
 
 @settings(max_examples=30, deadline=None)
