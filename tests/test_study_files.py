@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,8 @@ def test_foreign_directories_are_never_taken(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="is a file"):
         claim_output_dir(tmp_path / "thesis.tex", "distill")
+    with pytest.raises(ValueError, match=r"cannot be created: '.*thesis.tex' is a file"):
+        check_output_dir(tmp_path / "thesis.tex" / "run", "distill")
 
 
 def test_an_earlier_run_is_taken_only_when_asked_and_by_its_own_command(tmp_path):
@@ -46,3 +49,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
         write_through(path, half)
     assert json.loads(path.read_text()) == {"mrr": 0.5}
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(
+        ValueError, match=r"output_dir '.*run' cannot be written to \(No space left"
+    ):
+        claim_output_dir(tmp_path / "run", "distill")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"cannot be created: .* cannot be written to"):
+        check_output_dir(tmp_path / "run", "distill")

@@ -20,11 +20,17 @@ def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
         reuse: whether the directory of an earlier run of the same command may be written to.
 
     Raises:
-        ValueError: it is a file, holds something that bertkd did not make, was made by another
-            command, or holds an earlier run while ``reuse`` is false.
+        ValueError: it is a file, cannot be created, holds something that bertkd did not make, was
+            made by another command, or holds an earlier run while ``reuse`` is false.
     """
     path = Path(path)
     if not path.exists():
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            reason = "cannot be written to" if above.is_dir() else "is a file"
+            raise ValueError(
+                f"output_dir {str(path)!r} cannot be created: {str(above)!r} {reason}; name another place."
+            )
         return path
     if not path.is_dir():
         raise ValueError(f"output_dir {str(path)!r} is a file; name a directory.")
@@ -52,8 +58,13 @@ def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
 def claim_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> Path:
     """:func:`check_output_dir`, then create the directory and sign it with a marker file."""
     path = check_output_dir(path, command, reuse=reuse)
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / MARKER, {"command": command})
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / MARKER, {"command": command})
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {str(path)!r} cannot be written to ({error.strerror}); name another place."
+        ) from error
     return path
 
 
