@@ -42,11 +42,7 @@ def why_not(impl: str, case: Case, device: torch.device, mode: str) -> str | Non
 
 
 def _why_not_ours(impl: str, case: Case, device: torch.device) -> str | None:
-    reason = unavailable(impl)
-    if reason is None and impl in ("triton", "cuda") and device.type != "cuda":
-        reason = "it needs a CUDA device"
-    if reason is None and impl == "native" and device.type != "cpu":
-        reason = "it runs on CPUs only"
+    reason = unavailable(impl) or wrong_device(impl, device)
     if reason is not None:
         return reason
     refusal = getattr(importlib.import_module(f"bertkd.ops.{impl}"), "refusal", None)
@@ -55,6 +51,15 @@ def _why_not_ours(impl: str, case: Case, device: torch.device) -> str | None:
     # The smallest tensors of the case's widths; who refuses by length or batch is asked again when it runs.
     inputs = SPECS[case.op].make(small(case), device, torch.Generator(device).manual_seed(0))
     return refusal(case.op, [*inputs.student, *inputs.teacher])
+
+
+def wrong_device(impl: str, device: torch.device) -> str | None:
+    """Why an implementation does not run on a device, or None if it does."""
+    if impl in ("triton", "cuda") and device.type != "cuda":
+        return "it needs a CUDA device"
+    if impl == "native" and device.type != "cpu":
+        return "it runs on CPUs only"
+    return None
 
 
 def small(case: Case) -> Case:

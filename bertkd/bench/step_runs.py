@@ -10,7 +10,7 @@ import torch
 
 from bertkd.bench import memory
 from bertkd.bench.cases import Case
-from bertkd.bench.contestants import OURS
+from bertkd.bench.contestants import OURS, wrong_device
 from bertkd.bench.op_cases import BASELINE, Settings, first_line
 from bertkd.bench.record import Row
 from bertkd.bench.step_cases import Trainer, prepared
@@ -38,7 +38,11 @@ def run_step(case: Case, settings: Settings) -> Iterator[Row]:
         status, note = "ok", ""
         release_memory()
         try:
-            reason = None if impl == BASELINE else unavailable(impl) or _elsewhere(impl, settings)
+            reason = (
+                None
+                if impl == BASELINE
+                else unavailable(impl) or wrong_device(impl, settings.device)
+            )
             if reason is None:
                 trainer = Trainer(case, impl, settings.device)
                 trainer()
@@ -187,11 +191,3 @@ def largest_that(fits, start: int, most: int = 16384) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _elsewhere(impl: str, settings: Settings) -> str | None:
-    if impl in ("triton", "cuda") and settings.device.type != "cuda":
-        return "it needs a CUDA device"
-    if impl == "native" and settings.device.type != "cpu":
-        return "it runs on CPUs only"
-    return None

@@ -66,13 +66,15 @@ def prepare(config: Config) -> Callable[[], None]:
     from bertkd.study.jobs import Job, run_job
     from bertkd.study.models import load_model, load_tokenizer
     from bertkd.study.stages import stage_steps
+    from bertkd.study.workload import check_labels
 
     check_output_dir(config.output_dir, "distill", reuse=bool(config.resume))
     recipe = _recipe(config)
     tokenizer = load_tokenizer(config.teacher, "teacher")
     workload = _workload(config, recipe, tokenizer)
     teacher = load_model(config.teacher, "teacher", _head(config, workload))
-    _check_labels(teacher, workload)
+    if workload.task is not None:
+        check_labels(teacher, workload.task, "teacher")
     student = _student(config, recipe, teacher, workload)
 
     def build(stage: Stage) -> Distiller:
@@ -161,24 +163,6 @@ def _head(config: Config, workload: Workload) -> str | None:
             "first: bertkd finetune --model ... --task ..."
         )
     return workload.head
-
-
-def _check_labels(teacher: Any, workload: Workload) -> None:
-    task = workload.task
-    if task is None:
-        return
-    if teacher.config.num_labels != task.num_labels:
-        raise ValueError(
-            f"the teacher predicts {teacher.config.num_labels} labels, task {workload.name} has "
-            f"{task.num_labels}; fine-tune a teacher on this task."
-        )
-    theirs = [teacher.config.id2label[number] for number in range(task.num_labels)]
-    placeholders = [f"LABEL_{number}" for number in range(task.num_labels)]
-    if task.label_names and theirs != placeholders and theirs != list(task.label_names):
-        raise ValueError(
-            f"the teacher's labels are {', '.join(theirs)}, the task's {', '.join(task.label_names)}: "
-            "another order or other classes; fine-tune a teacher on this task."
-        )
 
 
 def _student(config: Config, recipe: Recipe, teacher: Any, workload: Workload) -> Any:

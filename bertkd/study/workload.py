@@ -128,10 +128,10 @@ def encode_texts(texts: list[str], name: str, tokenizer: Any, max_length: int) -
     return encode_rows(table, "text", tokenizer=tokenizer, max_length=max_length)
 
 
-def check_labels(model: nn.Module, task: TaskData) -> None:
+def check_labels(model: nn.Module, task: TaskData, role: str = "model") -> None:
     """Refuse a model whose labels are not the task's, in the task's order.
 
-    Names such as ``LABEL_0`` say nothing and pass.
+    Names such as ``LABEL_0`` say nothing and pass. ``role`` is what the messages call the model.
 
     Raises:
         ValueError: another number of labels, other names or another order.
@@ -141,16 +141,16 @@ def check_labels(model: nn.Module, task: TaskData) -> None:
         return
     if config.num_labels != task.num_labels:
         raise ValueError(
-            f"the model predicts {config.num_labels} labels, task {task.name} has "
-            f"{task.num_labels}: fine-tune one on this task"
+            f"the {role} predicts {config.num_labels} labels, task {task.name} has "
+            f"{task.num_labels}: fine-tune a {role} on this task"
         )
     ours = [config.id2label.get(number) for number in range(task.num_labels)]
     unnamed = [f"LABEL_{number}" for number in range(task.num_labels)]
     if task.label_names and ours not in (unnamed, list(task.label_names)):
         raise ValueError(
-            f"the model's labels are {', '.join(map(str, ours))}, those of task {task.name} "
+            f"the {role}'s labels are {', '.join(map(str, ours))}, those of task {task.name} "
             f"{', '.join(task.label_names)}: another order or other classes, so that its scores "
-            "would mean nothing. Fine-tune a model on this task."
+            f"would mean nothing. Fine-tune a {role} on this task."
         )
 
 
