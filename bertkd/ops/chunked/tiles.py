@@ -117,8 +117,8 @@ def kl_sweep(s: Tensor, t: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Row KL of two tiles of scores, and P_s - P_t, in five passes and without another buffer.
 
     KL = sum_j P_t (T_j - S_j - lse_t + lse_s). The difference of the log-sum-exps comes from the row
-    maxima (lse = max S - log max P), and is taken off before the sum so that a common shift of one
-    side's scores costs no accuracy.
+    maxima (lse = max S - log max P), the maxima's difference first, and is taken off before the sum:
+    a common shift of scores costs no accuracy.
 
     Args:
         s: student scores (..., rows, n); overwritten.
@@ -133,9 +133,8 @@ def kl_sweep(s: Tensor, t: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     difference = t.sub_(s)
     # The CPU kernel reads an element before it writes it; others do not promise that.
     p_s = torch.softmax(s, -1, out=s) if s.device.type == "cpu" else torch.softmax(s, -1)
-    lse_t = max_t - p_t.amax(-1, keepdim=True).log()
-    lse_s = max_s - p_s.amax(-1, keepdim=True).log()
-    rows = difference.sub_(lse_t - lse_s).mul_(p_t).sum(-1)
+    ratio = p_t.amax(-1, keepdim=True).log() - p_s.amax(-1, keepdim=True).log()
+    rows = difference.sub_((max_t - max_s) - ratio).mul_(p_t).sum(-1)
     return rows, p_s.sub_(p_t)
 
 
