@@ -275,6 +275,11 @@ class Distiller(nn.Module):
         return capture(stop_early=not logits, **model_inputs(model, batch))
 
     def _check_batch(self, batch: Mapping[str, Any], needs: Needs) -> None:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batch must be a mapping such as what a tokenizer gives, got {type(batch).__name__}; "
+                "call distiller({'input_ids': ..., 'attention_mask': ...})"
+            )
         for column, needed in (
             ("input_ids", True),
             ("labels", needs.labels),
@@ -283,7 +288,7 @@ class Distiller(nn.Module):
             if needed and batch.get(column) is None:
                 raise ValueError(
                     f"the batch has no {column!r}, which {self.objective.expression} needs; it has "
-                    f"{', '.join(map(repr, batch))}"
+                    f"{', '.join(map(repr, batch)) or 'nothing'}"
                 )
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         for column, value in batch.items():

@@ -118,6 +118,18 @@ def state_pairs(
     return pairs
 
 
+def check_map(spec: MapSpec) -> None:
+    """Refuse a map that neither blocks nor states could read, before their numbers are known.
+
+    Raises:
+        TypeError, ValueError: as `state_pairs`, but for numbers out of range.
+    """
+    if not (isinstance(spec, str) and _is_name(spec)):
+        _read_pairs(spec)
+    elif spec not in STATE_MAPS:
+        raise unknown_name("layer map", spec, STATE_MAPS)
+
+
 def is_random(spec: MapSpec) -> bool:
     """Whether the map differs from call to call, so that it must be asked for at every step."""
     return isinstance(spec, str) and spec == "random"

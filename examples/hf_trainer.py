@@ -2,7 +2,7 @@
 
 The Trainer drops columns that the model's forward does not name, and saves the module it trains.
 `DistillTrainer` keeps what teacher and terms need (token types, labels, index) and saves the
-student alone, as a plain checkpoint that `from_pretrained` loads.
+student as a plain checkpoint that `from_pretrained` loads, with what the terms train beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
 import bertkd
 from bertkd.distiller import DistillOutput
 from bertkd.encoders import unwrap
+
+OBJECTIVE = "objective.pt"  # projections, memory banks
 
 
 class DistillTrainer(Trainer):
@@ -54,8 +56,18 @@ class DistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         unwrap(unwrap(self.model).student).save_pretrained(directory)
+        torch.save(unwrap(self.model).objective.state_dict(), directory / OBJECTIVE)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        distiller, directory = unwrap(model or self.model), Path(resume_from_checkpoint)
+        student = unwrap(distiller.student)
+        student.load_state_dict(type(student).from_pretrained(directory).state_dict())
+        distiller.objective.load_state_dict(torch.load(directory / OBJECTIVE))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def main(teacher_path: str, output_dir: str, texts: list[str]) -> None:

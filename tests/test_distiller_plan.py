@@ -56,13 +56,59 @@ def test_plan_refuses_sizes_that_cannot_be(sizes):
         Distiller(*models(), "att_kl").plan(*sizes)
 
 
-def test_the_trainer_example_keeps_columns_and_saves_the_student_alone(tmp_path):
-    from transformers import AutoModel, TrainingArguments
-
+@pytest.fixture(scope="module")
+def example():
     path = Path(__file__).parent.parent / "examples" / "hf_trainer.py"
     spec = importlib.util.spec_from_file_location("hf_trainer", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_trainer_example_resumes_bitwise_and_loads_the_best(example, tmp_path):
+    from transformers import TrainingArguments
+
+    batch = tiny_batch(models()[0], batch=8, padding=None)
+    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+
+    def trainer(steps, **options):
+        # hid_seq with widths that differ trains a projection.
+        teacher, student = models()[0], tiny_model("bert", layers=2, hidden=16, seed=1)
+        arguments = {
+            "max_steps": steps,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "save_steps": 2,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return example.DistillTrainer(
+            Distiller(teacher, student, "hid_seq"),
+            TrainingArguments(str(tmp_path), **arguments | options),
+            train_dataset=rows,
+            eval_dataset=rows,
+        )
+
+    straight = trainer(4)
+    straight.train()
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    ours, theirs = (x.model.state_dict() for x in (resumed, straight))
+    assert any(name.startswith("objective") for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    best = trainer(
+        6, learning_rate=0.5, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True
+    )
+    best.train()
+    assert best.evaluate()["eval_loss"] == pytest.approx(best.state.best_metric)
+
+
+def test_the_trainer_example_keeps_columns_and_saves_the_student_alone(example, tmp_path):
+    from transformers import AutoModel, TrainingArguments
+
     teacher, student = models()
     batch = tiny_batch(teacher, batch=4, padding=None)
     rows = [

@@ -333,3 +333,46 @@ def test_kd_and_ce_on_a_masked_language_model_count_labelled_tokens():
     close(run("ce", teacher, student, batch), F.cross_entropy(z_s.flatten(0, 1), labels.flatten()))
     batch["labels"] = torch.full((3, 8), -100)
     assert run("ce", teacher, student, batch) == 0
+
+
+@pytest.mark.parametrize(
+    "objective", ["alp", "pkd", "hid_cls", "pool", "hid_cls_contrast(mode='queue')"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_terms_with_projections_may_be_moved_to_another_dtype(objective, dtype):
+    teacher = tiny_model("bert", layers=4)
+    distiller = Distiller(teacher, tiny_model("bert", seed=1, hidden=16), objective).to(dtype)
+    loss = distiller(tiny_batch(teacher)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("mask", [lambda m: m.bool(), lambda m: m * torch.arange(1, 13)])
+def test_the_first_token_is_the_first_that_the_mask_does_not_cover(mask):
+    teacher = tiny_model("bert", layers=4)
+    distiller = Distiller(teacher, tiny_model("bert", seed=1), "hid_cls").eval()
+    batch = tiny_batch(teacher)
+    other = {**batch, "attention_mask": mask(batch["attention_mask"].flip(1))}
+    want = distiller({**batch, "attention_mask": batch["attention_mask"].flip(1)}).loss
+    torch.testing.assert_close(distiller(other).loss, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_labels_of_any_integer_type(dtype):
+    teacher = tiny_model("bert", head_cls="sequence")
+    distiller = Distiller(teacher, tiny_model("bert", seed=1, head_cls="sequence"), "ce").eval()
+    batch = tiny_batch(teacher, labels=True)
+    want = distiller(batch).loss
+    assert torch.equal(distiller({**batch, "labels": batch["labels"].to(dtype)}).loss, want)
+    with pytest.raises(ValueError, match=r"labels must be 0\.\.\d+, or -100 where ignored, got 77"):
+        distiller({**batch, "labels": torch.full_like(batch["labels"], 77)})
+
+
+def test_regression_to_several_numbers():
+    options = {"head_cls": "sequence", "num_labels": 2, "problem_type": "regression"}
+    teacher, student = tiny_model("bert", **options), tiny_model("bert", seed=1, **options)
+    distiller = Distiller(teacher, student, "ce").eval()
+    batch = {**tiny_batch(teacher), "labels": torch.randn(3, 2)}
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    want = torch.nn.functional.mse_loss(student.eval()(**inputs).logits, batch["labels"])
+    torch.testing.assert_close(distiller(batch).loss, want)

@@ -91,7 +91,7 @@ def test_the_error_names_which_of_two_equal_terms_it_was():
 
 def test_differing_heads_suggest_relation_heads_and_qkv_kl():
     student = tiny_model("bert", layers=2, heads=2, seed=1)
-    for term in ("att_kl", "att_mse", "val_kl", "att_pearson"):
+    for term in ("att_kl", "att_mse", "val_kl"):
         message = refused(term, "student has 2 and the teacher 4", student=student)
         assert "relation_heads=2" in message
         assert "qkv_kl" in message
@@ -294,3 +294,40 @@ def test_a_batch_that_is_not_the_tokenizers(change, error, match):
     distiller = Distiller(teacher, tiny_model("bert", seed=1), "pool")
     with pytest.raises(error, match=match):
         distiller(change(tiny_batch(teacher, padding="right")))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_path_in_place_of_a_model(role):
+    refused(
+        "att_kl",
+        rf"{role} must be a Hugging Face model, got 'bert-base'",
+        error=TypeError,
+        **{role: "bert-base"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"seed": "a"}, TypeError, "seed must be a whole number, got 'a'"),
+        ({"layer_map": "unifrom"}, ValueError, "Did you mean 'uniform'"),
+        ({"layer_map": None}, TypeError, "layer map must be text or pairs"),
+        ({"num_examples": 2.5}, TypeError, "num_examples must be a whole number"),
+    ],
+)
+def test_arguments_of_the_distiller(options, error, match):
+    objective = "hid_cls_contrast" if "num_examples" in options else "hid_cls(map='last')"
+    refused(objective, match, error=error, **options)
+
+
+def test_pearson_does_not_suggest_an_option_that_it_lacks():
+    student = tiny_model("bert", layers=2, hidden=16, heads=2)
+    assert "relation_heads" not in refused("att_pearson", "use qkv_kl", student=student)
+    refused("att_pearson(relation_heads=2)", "has no relation_heads")
+
+
+@pytest.mark.parametrize("batch", [[1], "text", None])
+def test_a_batch_that_is_no_mapping(batch):
+    distiller = Distiller(tiny_model("bert", layers=4), tiny_model("bert", seed=1), "att_kl")
+    with pytest.raises(TypeError, match="batch must be a mapping"):
+        distiller(batch)

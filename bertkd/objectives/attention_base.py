@@ -18,10 +18,12 @@ FLOAT = 4  # maps and row statistics are float32
 class AttentionTerm(MappedTerm):
     """What terms over pairs of blocks share: heads, relation heads, masks and memory.
 
-    ``PARTS`` says which of q, k and v a term reads: the teacher's others are not kept until the loss.
+    ``PARTS`` says which of q, k and v a term reads: the teacher's others are not kept until the loss;
+    ``RESPLITS`` whether it takes ``relation_heads``.
     """
 
     PARTS: ClassVar[str] = "qkv"
+    RESPLITS: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -34,7 +36,7 @@ class AttentionTerm(MappedTerm):
     ) -> None:
         super().__init__(setup, **layers)
         self.sides = (setup.student, setup.teacher)
-        self.relation_heads = check_heads(*self.sides, relation_heads, self.kind)
+        self.relation_heads = check_heads(*self.sides, relation_heads, self.kind, self.RESPLITS)
         self.count_pads = flag("count_pads", count_pads)
         self.impl = implementation(impl, setup.impl)
         self._warned = False
@@ -87,19 +89,23 @@ class AttentionTerm(MappedTerm):
 
 
 def check_heads(
-    student: Side, teacher: Side, relation_heads: int | str | None, term: str
+    student: Side, teacher: Side, relation_heads: int | str | None, term: str, resplits: bool
 ) -> int | None:
     """Check heads that have to be compared one by one, or the relation heads made of them.
 
     Raises:
-        ValueError: head counts differ without ``relation_heads``, or it divides not both widths.
+        ValueError: head counts differ without ``relation_heads``, it divides not both widths, or the
+            term does not take it (``resplits``).
     """
+    if relation_heads is not None and not resplits:
+        raise ValueError(f"{term} has no relation_heads; it needs equal head counts")
     if relation_heads is None:
         if student.spec.num_heads != teacher.spec.num_heads:
+            most = default_relation_heads(student, teacher)
+            resplit = f"write {term}(relation_heads={most}) to re-split both, or "
             raise ValueError(
                 f"{term} compares heads one by one, but the student has {student.spec.num_heads} "
-                f"and the teacher {teacher.spec.num_heads}; write {term}(relation_heads="
-                f"{default_relation_heads(student, teacher)}) to re-split both, or use qkv_kl"
+                f"and the teacher {teacher.spec.num_heads}; {resplit if resplits else ''}use qkv_kl"
             )
         return None
     if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):

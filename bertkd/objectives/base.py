@@ -147,7 +147,7 @@ class StepContext:
         if self.mask is None:
             return hidden[:, 0]
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return hidden[rows, self.mask.to(hidden.device, torch.uint8).argmax(1)]
+        return hidden[rows, self.mask.to(hidden.device).bool().to(torch.uint8).argmax(1)]
 
 
 @dataclass(frozen=True)

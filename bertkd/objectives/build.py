@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bertkd.errors import unknown_name
-from bertkd.layer_maps import MapSpec
+from bertkd.errors import unknown_name, whole_number
+from bertkd.layer_maps import MapSpec, check_map
 from bertkd.objectives.base import (
     TERMS,
     Needs,
@@ -150,6 +150,8 @@ def build_objective(
             message names the term and what to change.
     """
     expression = read_objective(objective)
+    seed = whole_number("seed", seed)
+    check_map(layer_map)  # no term may read it
     setup = Setup(
         student=describe_side("student", student),
         teacher=describe_side("teacher", teacher),

@@ -116,7 +116,8 @@ def _syntax_tree(line: str) -> ast.expr:
         return ast.parse(line, mode="eval").body
     except SyntaxError as error:
         column = min(max((error.offset or 1) - 1, 0), len(line))
-        raise syntax_error(error.msg, line, column) from None
+        message = f"{error.msg}; write a sum such as 'att_kl + 0.5*hid_seq'"
+        raise syntax_error(message, line, column) from None
     except ValueError as error:  # a null character, before Python 3.12
         raise ValueError(f"objective cannot be read: {error}") from None
 
@@ -144,7 +145,11 @@ class _Reader:
             case ast.BinOp(left=left, op=ast.MatMult(), right=right):
                 return self.variant(left, right)
             case ast.BinOp(op=ast.Sub()) | ast.UnaryOp(op=ast.USub()):
-                raise self.fail("weights must not be negative; terms can only be added", node)
+                raise self.fail(
+                    "weights must not be negative; terms can only be added, and names are written with _, "
+                    "as in att_kl",
+                    node,
+                )
             case ast.Name(id=name):
                 return [TermSpec(name, text=self.text, position=self.column(node))]
             case ast.Call():

@@ -29,6 +29,11 @@ def needs_projection(setup: Setup, project: bool | str, term: str) -> bool:
     return bool(project)
 
 
+def linear_float32(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    """``layer(hidden)`` in float32, whatever dtype the objective was moved to."""
+    return F.linear(hidden.float(), layer.weight.float(), layer.bias.float())
+
+
 class StateTerm(MappedTerm):
     """A term over pairs of states, with a trained Linear on the student's side where widths differ.
 
@@ -61,11 +66,7 @@ class StateTerm(MappedTerm):
     def projected(self, index: int, hidden: Tensor) -> Tensor:
         """``hidden`` (..., d_s), projected to (..., d_t) in float32 where this pair has a Linear."""
         layer = self.projection(index)
-        return (
-            hidden
-            if layer is None
-            else F.linear(hidden.float(), layer.weight.float(), layer.bias.float())
-        )
+        return hidden if layer is None else linear_float32(layer, hidden)
 
     def matched(self) -> tuple[int, int]:
         """How many states of the student and of the teacher the loss reads."""

@@ -71,8 +71,15 @@ def check_models(
     """Refuse two models that cannot be fed the same ids, or are one and the same.
 
     Raises:
+        TypeError: one of them is no model, such as a path.
         ValueError: shared parameters, nothing to train, or different vocabularies.
     """
+    for role, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{role} must be a Hugging Face model, got {model!r:.80}; load it, e.g. with "
+                "AutoModel.from_pretrained"
+            )
     frozen = {id(p) for p in teacher.parameters()}
     if any(id(p) in frozen for p in student.parameters()):
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bertkd.contrast import InBatchContrast, MemoryBankContrast, QueueContrast
-from bertkd.errors import unknown_name
+from bertkd.errors import unknown_name, whole_number
 from bertkd.layer_maps import MapSpec, format_pairs, is_random, state_pairs
 from bertkd.objectives.base import (
     Memory,
@@ -20,6 +20,7 @@ from bertkd.objectives.base import (
     Term,
     register_term,
 )
+from bertkd.objectives.options import positive
 
 _CLASSES: dict[str, type[nn.Module]] = {
     "bank": MemoryBankContrast,
@@ -65,6 +66,7 @@ class HidCLSContrast(Term):
         """Make the embeddings and the store of negatives.
 
         Raises:
+            TypeError: a size that is no whole number.
             ValueError: an unknown mode, a bank without ``num_examples``, a map out of range, or an
                 option that the mode does not have.
         """
@@ -98,9 +100,12 @@ class HidCLSContrast(Term):
         sizes = dict(zip(("d_s", "d_t"), self.sizes, strict=True))
         options: dict[str, Any] = {
             **sizes,
-            **extra,
-            "dim": dim,
-            "temperature": temperature,
+            **{
+                name: value if name == "momentum" else whole_number(name, value)
+                for name, value in extra.items()
+            },
+            "dim": whole_number("dim", dim),
+            "temperature": positive("temperature", temperature),
             "seed": setup.seed,
         }
         if mode == "bank":
@@ -109,7 +114,7 @@ class HidCLSContrast(Term):
                     "mode='bank' keeps an entry per training example: pass num_examples (and a column "
                     "'index' in each batch), or use mode='queue' or mode='batch'"
                 )
-            options["num_examples"] = setup.num_examples
+            options["num_examples"] = whole_number("num_examples", setup.num_examples)
         self.contrast: nn.Module = _CLASSES[mode](**options)
 
     def needs(self) -> Needs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -153,7 +154,7 @@ class CE(Term):
             return F.mse_loss(logits.flatten(), labels.flatten().float())
         if self.problem == "multi_label":
             return F.binary_cross_entropy_with_logits(logits, labels.float())
-        flat = labels.flatten()
+        flat = labels.flatten().long()
         total = F.cross_entropy(logits.flatten(0, -2), flat, ignore_index=IGNORED, reduction="sum")
         return total / (flat != IGNORED).sum().clamp_min(1)
 
@@ -163,12 +164,27 @@ class CE(Term):
                 f"labels are {labels.dtype}, but the head tells {logits.shape[-1]} classes apart and wants "
                 "integers; for regression load it with num_labels=1"
             )
-        rows = logits.shape if self.problem == "multi_label" else logits.shape[:-1]
+        per_class = self.problem == "multi_label" or (
+            self.problem == "regression" and self._student.num_labels > 1
+        )
+        rows = logits.shape if per_class else logits.shape[:-1]
         if labels.numel() != rows.numel():
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, but the logits need {tuple(rows)}; check which "
                 "head the student was loaded with"
             )
+        # Asking a GPU would mean waiting for it.
+        if (
+            self.problem == "classification"
+            and labels.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
+            wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
+            if wrong.numel():
+                raise ValueError(
+                    f"labels must be 0..{logits.shape[-1] - 1}, or {IGNORED} where ignored, got {int(wrong[0])}; check "
+                    "num_labels of the student"
+                )
 
     def memory(self, shape: Shape) -> Memory:
         """The log-probabilities, either way."""

@@ -30,6 +30,7 @@ class AttPearson(AttentionTerm):
     """
 
     kind: ClassVar[str] = "att_pearson"
+    RESPLITS: ClassVar[bool] = False
     RELEASED: ClassVar[Mapping[str, Any]] = {"map": "last", "axes": "all", "count_pads": True}
 
     def __init__(self, setup: Setup, *, axes: str = "keys", **heads: Any) -> None:
@@ -41,8 +42,6 @@ class AttPearson(AttentionTerm):
         super().__init__(setup, **heads)
         if axes not in AXES:
             raise unknown_name("axes", str(axes), AXES)
-        if self.relation_heads is not None:
-            raise ValueError("att_pearson has no relation_heads; it needs equal head counts")
         self.axes = axes
 
     def forward(self, step: StepContext) -> Tensor:

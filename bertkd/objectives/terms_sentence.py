@@ -20,7 +20,7 @@ from bertkd.objectives.base import (
     Term,
     register_term,
 )
-from bertkd.objectives.hidden_base import StateTerm, needs_projection
+from bertkd.objectives.hidden_base import StateTerm, linear_float32, needs_projection
 from bertkd.objectives.options import flag
 
 
@@ -132,7 +132,7 @@ class ALP(Term):
         self.states = tuple(range(first, n + 1) for n in setup.depths)
         self.widths = (setup.student.spec.hidden_size, setup.teacher.spec.hidden_size)
         project = needs_projection(setup, project, self.kind)
-        self.projection = nn.Linear(*self.widths) if project else nn.Identity()
+        self.projection = nn.Linear(*self.widths) if project else None
 
     def needs(self) -> Needs:
         """All states, with or without the embedding output."""
@@ -145,7 +145,8 @@ class ALP(Term):
             torch.stack([step.first_token(side.states[i]).float() for i in states], 1)
             for side, states in zip((step.student, step.teacher), self.states, strict=True)
         )
-        ours = self.projection(ours)
+        if self.projection is not None:
+            ours = linear_float32(self.projection, ours)
         weights = torch.softmax(ours @ theirs.transpose(1, 2), -1)
         return F.mse_loss(ours, (weights.detach() if self.detach else weights) @ theirs)
 
