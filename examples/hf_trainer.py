@@ -64,7 +64,7 @@ class DistillTrainer(Trainer):
         distiller, directory = unwrap(model or self.model), Path(resume_from_checkpoint)
         student = unwrap(distiller.student)
         student.load_state_dict(type(student).from_pretrained(directory).state_dict())
-        distiller.objective.load_state_dict(torch.load(directory / OBJECTIVE))
+        distiller.objective.load_state_dict(torch.load(directory / OBJECTIVE, map_location="cpu"))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -40,20 +40,21 @@ def value_and_grads(loss, student, *args, **options):
     return [value.detach(), *torch.autograd.grad((value * weights).sum(), student)]
 
 
-def sensitivity(loss, student, *args, **options):
-    """How far float64 results move, as norms in value_and_grads' order, if each input moves by 2^-19 of itself.
+def exact(loss, student, *args, **options):
+    """Eager results in float64, each with how far (a norm) it moves if every input moves by 2^-19 of itself.
 
     Where a difference cancels, as it can in a single element, arithmetic with 24 bits is no nearer than that.
     """
     generator = torch.Generator().manual_seed(0)
-    exact = [x.double() for x in (*student, *args)]
+    inputs = [x.double() for x in (*student, *args)]
 
     def results(size):
-        moved = [x * (1 + size * torch.randn(x.shape, generator=generator)) for x in exact]
-        return value_and_grads(loss, moved[: len(student)], *moved[len(student) :], **options)
+        moved = [x * (1 + size * torch.randn(x.shape, generator=generator)) for x in inputs]
+        moved_student, rest = moved[: len(student)], moved[len(student) :]
+        return value_and_grads(loss, moved_student, *rest, impl="eager", **options)
 
     changes = [results(2**-19) for _ in range(3)]
     return [
-        max((x - want).norm() for x in others)
+        (want, max((x - want).norm() for x in others))
         for want, *others in zip(results(0), *changes, strict=True)
     ]

@@ -249,6 +249,20 @@ def test_bad_options_are_refused(build, message: str) -> None:
         build()
 
 
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: MemoryBankContrast(5.0, 2, 2), "num_examples"),
+        (lambda: MemoryBankContrast(5, 2, 2, negatives="9"), "negatives"),
+        (lambda: QueueContrast(2, 2, True), "queue_size"),
+        (lambda: InBatchContrast(2, 2, dim=1.5), "dim"),
+    ],
+)
+def test_sizes_are_whole_numbers(build, name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a whole number"):
+        build()
+
+
 def _two_ranks(rank: int, store: str) -> None:
     """Compare each rank's half of a batch with the whole batch in one process."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

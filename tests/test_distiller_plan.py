@@ -106,7 +106,7 @@ def test_the_trainer_example_resumes_bitwise_and_loads_the_best(example, tmp_pat
     assert best.evaluate()["eval_loss"] == pytest.approx(best.state.best_metric)
 
 
-def test_the_trainer_example_keeps_columns_and_saves_the_student_alone(example, tmp_path):
+def test_the_trainer_example_keeps_columns_and_saves_a_plain_student(example, tmp_path):
     from transformers import AutoModel, TrainingArguments
 
     teacher, student = models()

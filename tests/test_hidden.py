@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import ragged_mask, sensitivity, value_and_grads
+from attention_cases import exact, ragged_mask, value_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import relative
@@ -68,17 +68,11 @@ CASES = st.fixed_dictionaries(
 
 def check(loss, inputs, *rest, budget, **options):
     """Chunked in float32 against eager in float64, value and every gradient."""
-
-    def run(dtype, impl):
-        moved = [x.to(dtype) for x in rest]
-        return value_and_grads(loss, [x.to(dtype) for x in inputs], *moved, impl=impl, **options)
-
-    expected = run(torch.float64, "eager")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "CPU_BUDGET", budget)
-        actual = run(torch.float32, "chunked")
-    moves = sensitivity(loss, inputs, *rest, impl="eager", **options)
-    for got, want, move in zip(actual, expected, moves, strict=True):
+        actual = value_and_grads(loss, inputs, *rest, impl="chunked", **options)
+    expected = exact(loss, inputs, *rest, **options)
+    for got, (want, move) in zip(actual, expected, strict=True):
         assert (got.double() - want).norm() <= 1e-5 * want.norm() + move
 
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bertkd.errors import whole_number
+
 
 class Contrast(nn.Module, ABC):
     """Embeds both sides' features linearly and hands unit vectors to ``_loss``.
@@ -22,6 +24,7 @@ class Contrast(nn.Module, ABC):
         generator: CPU generator that the embeddings are drawn from.
 
     Raises:
+        TypeError: for sizes that are no whole numbers.
         ValueError: for sizes below 1 or a temperature that is not positive.
     """
 
@@ -30,8 +33,7 @@ class Contrast(nn.Module, ABC):
     ) -> None:
         super().__init__()
         for name, value in (("d_s", d_s), ("d_t", d_t), ("dim", dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_size(name, value)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
@@ -138,6 +140,12 @@ def _linear(d_in: int, d_out: int, generator: torch.Generator) -> nn.Linear:
         layer.weight.uniform_(-bound, bound, generator=generator)
         layer.bias.uniform_(-bound, bound, generator=generator)
     return layer
+
+
+def check_size(name: str, value: int, least: int = 1) -> None:
+    """Refuse a size that is no whole number (``TypeError``) or below ``least`` (``ValueError``)."""
+    if whole_number(name, value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _embed(layer: nn.Linear, features: Tensor) -> Tensor:

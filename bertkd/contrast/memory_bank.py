@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertkd.contrast.base import Contrast, gather, rank, world_size
+from bertkd.contrast.base import Contrast, check_size, gather, rank, world_size
 
 
 class MemoryBankContrast(Contrast):
@@ -70,10 +70,8 @@ class MemoryBankContrast(Contrast):
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         super().__init__(d_s, d_t, dim=dim, temperature=temperature, generator=generator)
-        if num_examples < 2:
-            raise ValueError(f"num_examples must be at least 2, got {num_examples}")
-        if negatives < 1:
-            raise ValueError(f"negatives must be at least 1, got {negatives}")
+        check_size("num_examples", num_examples, least=2)
+        check_size("negatives", negatives)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.num_examples, self.negatives = num_examples, negatives

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertkd.contrast.base import Contrast, gather
+from bertkd.contrast.base import Contrast, check_size, gather
 
 
 class QueueContrast(Contrast):
@@ -51,8 +51,7 @@ class QueueContrast(Contrast):
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         super().__init__(d_s, d_t, dim=dim, temperature=temperature, generator=generator)
-        if queue_size < 1:
-            raise ValueError(f"queue_size must be at least 1, got {queue_size}")
+        check_size("queue_size", queue_size)
         self.queue_size = queue_size
         start = torch.empty(queue_size, dim, device="cpu").normal_(generator=generator)
         self.register_buffer("queue", F.normalize(start, dim=1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bertkd.contrast import InBatchContrast, MemoryBankContrast, QueueContrast
-from bertkd.errors import unknown_name, whole_number
+from bertkd.errors import unknown_name
 from bertkd.layer_maps import MapSpec, format_pairs, is_random, state_pairs
 from bertkd.objectives.base import (
     Memory,
@@ -100,11 +100,8 @@ class HidCLSContrast(Term):
         sizes = dict(zip(("d_s", "d_t"), self.sizes, strict=True))
         options: dict[str, Any] = {
             **sizes,
-            **{
-                name: value if name == "momentum" else whole_number(name, value)
-                for name, value in extra.items()
-            },
-            "dim": whole_number("dim", dim),
+            **extra,
+            "dim": dim,
             "temperature": positive("temperature", temperature),
             "seed": setup.seed,
         }
@@ -114,7 +111,7 @@ class HidCLSContrast(Term):
                     "mode='bank' keeps an entry per training example: pass num_examples (and a column "
                     "'index' in each batch), or use mode='queue' or mode='batch'"
                 )
-            options["num_examples"] = whole_number("num_examples", setup.num_examples)
+            options["num_examples"] = setup.num_examples
         self.contrast: nn.Module = _CLASSES[mode](**options)
 
     def needs(self) -> Needs:
