@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,10 @@ LISTENERS = "_bertkd_attention_listeners"
 # Plain concatenation, because transformers looks for "flash" inside the name.
 _PREFIX = "bertkd-"
 
+# One lock a config, by its id: configs can be neither hashed nor copied with a lock inside.
+_LOCKS: dict[int, threading.RLock] = {}
+_LOCKS_LOCK = threading.Lock()
+
 # These do not look their own name up in the config; other implementations (flash) do.
 _NAME_BLIND = ("eager", "sdpa", "flex_attention")
 
@@ -35,22 +41,32 @@ _NAME_BLIND = ("eager", "sdpa", "flex_attention")
 def intercept(config: PretrainedConfig, instead_of_sdpa: str | None = None) -> Iterator[None]:
     """Let the models that hold ``config`` call the listeners of their attention modules.
 
-    Nesting is fine. The config is left as it was found, also after an exception.
+    Nesting is fine; other threads wait, as listeners and config are the model's and not a thread's.
+    The config is left as it was found, also after an exception.
 
     Args:
         config: of the models.
         instead_of_sdpa: the implementation that is handed on to where the config names SDPA.
     """
-    before = config._attn_implementation
-    name = before or "eager"
-    if name == "sdpa" and instead_of_sdpa is not None:
-        name = instead_of_sdpa
-    if not name.startswith(_PREFIX):
-        config._attn_implementation = _register(name)
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    with _lock_of(config):
+        before = config._attn_implementation
+        name = before or "eager"
+        if name == "sdpa" and instead_of_sdpa is not None:
+            name = instead_of_sdpa
+        if not name.startswith(_PREFIX):
+            config._attn_implementation = _register(name)
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+
+def _lock_of(config: PretrainedConfig) -> threading.RLock:
+    with _LOCKS_LOCK:
+        if id(config) not in _LOCKS:
+            weakref.finalize(config, _LOCKS.pop, id(config))
+            _LOCKS[id(config)] = threading.RLock()
+        return _LOCKS[id(config)]
 
 
 def _register(name: str) -> str:

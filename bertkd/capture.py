@@ -22,8 +22,8 @@ class Capture:
     The model keeps its attention implementation (sdpa, flash, flex, eager). It is altered only
     while a call or a ``record`` lasts; afterwards, also after an exception, it is as it was, and
     nothing but the caller's ``Recording`` holds a captured tensor. Captures may be nested, also
-    those of one model; the last to be entered is the first to be left. The captured q and k give
-    the attention map before dropout.
+    those of one model; the last to be entered is the first to be left. Threads may capture one model:
+    they wait for each other. The captured q and k give the attention map before dropout.
 
     A compiled model stays compiled, with one graph for each set of blocks and states asked of it.
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from bertkd import _attention
 from bertkd.capture import Capture
 from bertkd.encoders import attention_modules, base_model, block_list, embeddings
 
@@ -86,7 +88,7 @@ def fail(module, args):
 def test_half_attached_listeners_are_taken_off():
     model = tiny_model("bert")
     capture = Capture(model, blocks=[0])
-    model.encoder.layer[1].attention.self.config = None
+    model.encoder.layer[1].attention.self.config = nn.Module()  # names no implementation
     before = snapshot(model.encoder.layer[0])
     with pytest.raises(AttributeError):
         capture(**tiny_batch(model))
@@ -301,3 +303,30 @@ def test_fully_sharded_models_are_captured_whole(process_group):
         model.zero_grad(set_to_none=True)
     assert snapshot(model).keys() == before.keys()
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_threads_that_share_a_model_wait_for_each_other():
+    model = tiny_model("bert", layers=4)
+    batches = [tiny_batch(model, batch=4, length=48, seed=seed) for seed in range(3)]
+
+    def capture(batch):
+        with torch.no_grad():
+            return Capture(model, blocks=[3], states=[2])(stop_early=True, **batch)
+
+    want = [capture(batch) for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(capture, batches * 40))
+    for i, found in enumerate(got):
+        assert torch.equal(found.q[3], want[i % 3].q[3])
+        assert torch.equal(found.states[2], want[i % 3].states[2])
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_no_lock_outlives_its_model():
+    model = tiny_model("bert")
+    Capture(model, blocks=[0])(**tiny_batch(model))
+    number = id(model.config)
+    assert number in _attention._LOCKS
+    del model
+    gc.collect()
+    assert number not in _attention._LOCKS
