@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -132,8 +133,10 @@ class Distiller(nn.Module):
                 Each model gets what its forward takes, never the labels.
 
         Raises:
-            ValueError: a column is missing, the text is longer than a model's positions, or this is
-                a copy made by ``nn.DataParallel``.
+            TypeError: the batch is no mapping, a column no tensor, or the mask one of floats.
+            ValueError: a column is missing or empty, the text is longer than a model's positions, an
+                id beyond its vocabulary (told on CPUs only, outside compiled graphs), or this is a
+                copy made by ``nn.DataParallel``.
             NonFiniteError: the loss is NaN or infinite; names the first cause. Checked at each step
                 on CPUs only (``finite_checks`` True or False overrides), elsewhere by `check_finite`.
         """
@@ -153,8 +156,8 @@ class Distiller(nn.Module):
             student=student,
             teacher=teacher,
             mask=batch.get("attention_mask"),
-            student_logits=_logits(student, "student") if needs.student_logits else None,
-            teacher_logits=_logits(teacher, "teacher") if needs.teacher_logits else None,
+            student_logits=self._logits(student, "student") if needs.student_logits else None,
+            teacher_logits=self._logits(teacher, "teacher") if needs.teacher_logits else None,
             batch=batch,
         )
         loss, terms = self.objective(step)
@@ -181,7 +184,7 @@ class Distiller(nn.Module):
         step = StepContext(
             student=Recording(),
             teacher=teacher,
-            teacher_logits=_logits(teacher, "teacher") if needs.teacher_logits else None,
+            teacher_logits=self._logits(teacher, "teacher") if needs.teacher_logits else None,
         )
         raise NonFiniteError(_blame(step, output.terms))
 
@@ -197,7 +200,17 @@ class Distiller(nn.Module):
 
         Returns:
             Groups for ``torch.optim``, empty ones left out; every trainable parameter in exactly one.
+
+        Raises:
+            ValueError: a rate or decay that is no finite number of at least 0 (``torch.optim`` checks
+                its own defaults, not those of groups).
         """
+        rates = {"lr": lr, "weight_decay": weight_decay, "projection_lr": projection_lr}
+        for name, value in rates.items():
+            if value is None and name == "projection_lr":
+                continue
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number, 0 or more, got {value!r}")
         groups = []
         for module, rate in (
             (self.student, lr),
@@ -274,6 +287,20 @@ class Distiller(nn.Module):
         )
         return capture(stop_early=not logits, **model_inputs(model, batch))
 
+    def _logits(self, recording: Recording, role: str) -> Tensor:
+        output: Any = recording.output
+        setup = self.objective.setup
+        head = (setup.student if role == "student" else setup.teacher).head
+        logits = getattr(output, "logits", None)
+        if logits is None and isinstance(output, tuple) and head in ("sequence", "token", "mlm"):
+            logits = output[0]  # return_dict=False; there is no loss before them without labels
+        if logits is None:
+            raise ValueError(
+                f"the {role}'s output has no .logits, got {type(output).__name__}; use a model "
+                "with one classification or language-modelling head"
+            )
+        return logits
+
     def _check_batch(self, batch: Mapping[str, Any], needs: Needs) -> None:
         if not isinstance(batch, Mapping):
             raise TypeError(
@@ -297,14 +324,27 @@ class Distiller(nn.Module):
                     f"batch[{column!r}] must be a tensor, got {type(value).__name__}; tokenize with "
                     "return_tensors='pt'"
                 )
-        if ids.dim() != 2:
-            raise ValueError(f"batch['input_ids'] must be (B, L), got shape {tuple(ids.shape)}")
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise ValueError(
+                f"batch['input_ids'] must be (B, L), neither of them 0, got shape {tuple(ids.shape)}"
+            )
+        if ids.is_floating_point():
+            raise TypeError(f"batch['input_ids'] must be integers, got {ids.dtype}")
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(
                 f"batch['attention_mask'] must have the shape of input_ids, {tuple(ids.shape)}, got "
                 f"{tuple(mask.shape)}: the tokenizer's mask, 1 = real token"
             )
+        if mask is not None and mask.is_floating_point():
+            raise TypeError(
+                "batch['attention_mask'] must be bool or integer, 1 = real token, got "
+                f"{mask.dtype}; if it holds ones and zeros, pass mask.bool(); if it is an additive "
+                "one, mask == 0"
+            )
         length = ids.shape[1]
+        # Asking a GPU would mean waiting for it, asking a graph breaking it.
+        known = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        lowest, highest = map(int, ids.aminmax()) if known else (0, 0)
         for side in (self.objective.setup.student, self.objective.setup.teacher):
             most = side.spec.max_positions
             if most is not None and length > most:
@@ -312,16 +352,11 @@ class Distiller(nn.Module):
                     f"input_ids have {length} tokens, but the {side.role} has {most} positions; "
                     f"tokenize with truncation=True, max_length={most}"
                 )
-
-
-def _logits(recording: Recording, role: str) -> Tensor:
-    logits = getattr(recording.output, "logits", None)
-    if logits is None:
-        raise ValueError(
-            f"the {role}'s output has no .logits, got {type(recording.output).__name__}; use a model "
-            "with one classification or language-modelling head"
-        )
-    return logits
+            if lowest < 0 or highest >= side.spec.vocab_size:
+                raise ValueError(
+                    f"input_ids run from {lowest} to {highest}, but the {side.role} embeds 0.."
+                    f"{side.spec.vocab_size - 1}; use the tokenizer of the models"
+                )
 
 
 def _blame(step: StepContext, terms: Mapping[str, Tensor]) -> str:

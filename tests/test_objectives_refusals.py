@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -286,7 +287,11 @@ def test_every_known_term_is_named_once():
         (lambda b: {**b, "input_ids": b["input_ids"].numpy()}, TypeError, "must be a tensor, got ndarray"),
         (lambda b: {**b, "attention_mask": b["attention_mask"][:, None, None]}, ValueError, "the shape of input_ids"),
         (lambda b: {**b, "attention_mask": b["attention_mask"][:, 1:]}, ValueError, "the shape of input_ids"),
-        (lambda b: {"input_ids": b["input_ids"][0]}, ValueError, r"must be \(B, L\), got shape"),
+        (lambda b: {"input_ids": b["input_ids"][0]}, ValueError, r"must be \(B, L\), .*got shape \(12,\)"),
+        (lambda b: {k: v[:0] for k, v in b.items()}, ValueError, r"neither of them 0, got shape \(0, 12\)"),
+        (lambda b: {**b, "input_ids": b["input_ids"].float()}, TypeError, "must be integers, got torch.float32"),
+        (lambda b: {**b, "input_ids": b["input_ids"] + 200}, ValueError, r"input_ids run from .* embeds 0\.\.199"),
+        (lambda b: {**b, "attention_mask": (1.0 - b["attention_mask"]) * -1e4}, TypeError, "additive one, mask == 0"),
     ],
 )  # fmt: skip
 def test_a_batch_that_is_not_the_tokenizers(change, error, match):
@@ -331,3 +336,13 @@ def test_a_batch_that_is_no_mapping(batch):
     distiller = Distiller(tiny_model("bert", layers=4), tiny_model("bert", seed=1), "att_kl")
     with pytest.raises(TypeError, match="batch must be a mapping"):
         distiller(batch)
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{"lr": -1e-3}, {"lr": "1e-3"}, {"projection_lr": math.nan}, {"weight_decay": None}],
+)
+def test_rates_that_torch_would_take_from_groups_without_a_word(rates):
+    distiller = Distiller(tiny_model("bert", layers=4), tiny_model("bert", seed=1), "att_kl")
+    with pytest.raises(ValueError, match=f"{next(iter(rates))} must be a finite number"):
+        distiller.parameter_groups(**{"lr": 1e-3, **rates})

@@ -174,3 +174,17 @@ def test_building_is_deterministic_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("head", ["sequence", "mlm"])
+def test_logits_of_models_that_return_tuples(head):
+    teacher = tiny_model("bert", layers=4, head_cls=head)
+    student = tiny_model("bert", seed=1, head_cls=head)
+    batch = tiny_batch(teacher)
+    want = Distiller(teacher, student, "att_kl + kd")(batch)
+    for model in (teacher, student):
+        model.config.return_dict = False
+        model.config.output_hidden_states = True
+    got = Distiller(teacher, student, "att_kl + kd")(batch)
+    assert torch.equal(got.loss, want.loss)
+    assert torch.equal(got.logits, want.logits)
