@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from training_fakes import FakeDistiller, collate, examples, same_state
 
@@ -280,3 +281,60 @@ def test_kept_rng_leaves_no_trace(seed):
     if seed is not None:
         with kept_rng(seed):
             assert str(draw()) == str(first)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda files: files["run.json"].pop("bytes"),
+        lambda files: files.update({"run.json": 3}),
+        lambda files: files.pop("run.json"),
+    ],
+)
+def test_a_damaged_manifest_is_skipped_like_any_damage(saved, damage):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    damage(manifest["files"])
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"checkpoint-3: manifest\.json"):
+        checkpoint.read(saved)
+    assert checkpoint.find(saved.parent, "last-good") == saved.parent / "checkpoint-2"
+    for other in ({"version": "one"}, {"files": []}):
+        (saved / "manifest.json").write_text(json.dumps(manifest | other))
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+            verify(saved)
+
+
+def test_a_full_disk_is_said_with_what_to_do(saved, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    message = r"checkpoint-4 could not be written \(I/O error: No space.*resume=True goes on"
+    with pytest.raises(OSError, match=message):
+        checkpoint.save(saved.parent, 4, contents_of(build()))
+
+
+def test_what_resume_may_be_and_where_it_may_look(tmp_path):
+    for wrong in (None, 1):
+        with pytest.raises(TypeError, match=rf"resume must be True, False.*got {wrong}"):
+            checkpoint.find(tmp_path, wrong)
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        with pytest.raises(ValueError, match=rf"output_dir '.*{place}' cannot be a folder: .*is a"):
+            checkpoint.find(tmp_path / place, False)
+
+
+def test_other_weights_frozen_or_trained_are_refused(tmp_path):
+    def frozen(name):
+        module = FakeDistiller()
+        module.student.get_submodule(name).requires_grad_(False)
+        optimizer = build_optimizer(module, STAGE)
+        return module, optimizer, build_schedule(optimizer, STAGE, stage_lengths(STAGE, 5))
+
+    parts = frozen("head")
+    advance(parts, 1)
+    contents = checkpoint.read(checkpoint.save(tmp_path, 1, contents_of(parts)))
+    restore(contents, *frozen("head"), None)
+    message = r"other weights frozen or trained: student\.embed\.weight, student\.head\.bias"
+    with pytest.raises(CheckpointError, match=message):
+        restore(contents, *frozen("embed"), None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from bertkd.training import Recipe, Stage, recipe_names
 from bertkd.training.fields import from_mapping
+from bertkd.training.schedule import stage_lengths
 
 # The released code's table: learning rate, batch size, updates, warmup. STS-B: fairseq's.
 PAPER = {
@@ -89,6 +91,7 @@ def write(tmp_path, text):
         ("stages: [{objective: kd, steps: 3}, {objective: kd, steps: 3}]", "a name of its own"),
         ("stages: []", "stages is empty"),
         ("stages: kd", "stages must be a list"),
+        ("every_stage: 3\nstages: [{objective: kd, steps: 3}]", "every_stage must be keys and"),
         ("- a", "expected keys and values"),
         ("a: [", "is not YAML"),
     ],
@@ -132,3 +135,35 @@ def test_with_stages_changes_all_of_them():
 def test_a_stage_survives_json():
     stage = Recipe.load("cola").stages[1]
     assert from_mapping(Stage, json.loads(json.dumps(stage.to_dict())), "stage") == stage
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 2.5}, r"steps: expected int, got 2\.5"),
+        ({"steps": True}, "steps: expected int, got True"),
+        ({"batch_size": 8.0}, r"batch_size: expected int, got 8\.0"),
+        ({"lr": "fast"}, "lr: expected float, got 'fast'"),
+        ({"weight_decay": "a"}, "weight_decay: expected float, got 'a'"),
+        ({"betas": (0.9,)}, "betas: expected 2 values"),
+        ({"warmup": math.nan}, "warmup must be a number of updates.*got nan"),
+        ({"eval_every": 2.5}, r"eval_every: cannot use 2\.5, expected int or 'epoch'"),
+        ({"objective": None}, "objective: expected str, got None"),
+        ({"maximize": "no"}, "maximize: expected bool, got 'no'"),
+        ({"schedule": "linaer"}, "schedule: unknown value 'linaer'. Did you mean 'linear'"),
+        ({"precision": "fp8"}, "precision: unknown value 'fp8'"),
+    ],
+)
+def test_a_stage_made_in_python_is_as_strict(values, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(**{"objective": "kd", "steps": 3} | values)
+    with pytest.raises(ValueError, match=r"seed: expected int, got 1\.5"):
+        Recipe(stages=(Stage(objective="kd", steps=3),), seed=1.5)
+
+
+def test_fractions_of_an_epoch_are_not_rounded_up_by_float_noise():
+    def updates(epochs, per_epoch):
+        return stage_lengths(Stage(objective="kd", epochs=epochs), per_epoch).total
+
+    assert [updates(tenths / 10, 100) for tenths in range(1, 90)] == list(range(10, 900, 10))
+    assert [updates(x, 10) for x in (0.01, 0.11, 1e-9)] == [1, 2, 1]

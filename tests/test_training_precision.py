@@ -9,6 +9,7 @@ import pytest
 import torch
 from training_fakes import FakeDistiller, on_cpu, run, same_state
 
+from bertkd.errors import NonFiniteError
 from bertkd.training import Stage, checkpoint, make_accelerator
 from bertkd.training.schedule import build_optimizer
 
@@ -41,6 +42,14 @@ def test_the_fused_step_is_left_out_where_a_scaler_must_skip_it():
         assert build_optimizer(FakeDistiller(), stage).defaults["fused"] is fused
 
 
+def fp16(initial=2.0**10):
+    """What Accelerate does for fp16, on the CPU: everything but the dtype of the forward."""
+    accelerator = make_accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=initial, growth_interval=3)
+    accelerator.unscale_gradients = lambda wrapped: accelerator.scaler.unscale_(wrapped.optimizer)
+    return accelerator
+
+
 def test_overflows_of_the_scaler_are_skipped_counted_and_resumed(tmp_path, monkeypatch):
     # As fp16 would have it; the stage says fp32, because fp16 itself needs a GPU.
     monkeypatch.setattr("torch.optim.AdamW", partial(plain_adamw, torch.optim.AdamW))
@@ -51,15 +60,6 @@ def test_overflows_of_the_scaler_are_skipped_counted_and_resumed(tmp_path, monke
             if int(self.seen) in (3, 4):
                 output.loss.register_hook(lambda grad: grad * math.inf)
             return output
-
-    def fp16(initial=2.0**10):
-        """What Accelerate does for fp16, on the CPU: everything but the dtype of the forward."""
-        accelerator = make_accelerator()
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=initial, growth_interval=3)
-        accelerator.unscale_gradients = lambda wrapped: accelerator.scaler.unscale_(
-            wrapped.optimizer
-        )
-        return accelerator
 
     straight, result = run(tmp_path / "a", Overflowing(), accelerator=fp16(), log_every=2)
     assert (result.steps, result.skipped_steps) == (9, 2)
@@ -79,3 +79,20 @@ def test_overflows_of_the_scaler_are_skipped_counted_and_resumed(tmp_path, monke
     )
     assert same_state(straight, resumed)
     assert again.skipped_steps == 2
+
+
+@pytest.mark.filterwarnings("error:Detected call of")
+def test_a_gradient_that_no_scale_makes_finite_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.optim.AdamW", partial(plain_adamw, torch.optim.AdamW))
+
+    class Broken(FakeDistiller):
+        def forward(self, batch):
+            output = super().forward(batch)
+            output.loss.register_hook(lambda grad: grad * math.nan)
+            return output
+
+    # 2^-13 is just above 1e-4: the first update brings the scale below it, the second is refused.
+    with pytest.raises(
+        NonFiniteError, match=r"step 2: the gradient is not finite, at a loss scale"
+    ):
+        run(tmp_path, Broken(), accelerator=fp16(2.0**-13))

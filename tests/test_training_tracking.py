@@ -7,7 +7,7 @@ import logging
 import sys
 
 import pytest
-from training_fakes import on_cpu, run
+from training_fakes import FakeDistiller, examples, on_cpu, run
 
 from bertkd.errors import CheckpointError
 
@@ -53,6 +53,50 @@ def test_trackers(tmp_path, monkeypatch, caplog):
         run(tmp_path / "d", log_with="tensorboard")
     assert "tensorboard is not installed" in caplog.text
     assert (tmp_path / "d" / "run" / "history.jsonl").exists()
+
+
+def test_tensorboard_forgets_what_was_lost_before_the_first_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Interrupted(FakeDistiller):
+        def forward(self, batch):
+            if int(self.seen) == 3:
+                raise KeyboardInterrupt
+            return super().forward(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupted(), log_with="tensorboard")
+    run(tmp_path, log_with="tensorboard", resume=True)
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "bertkd")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 10))
+
+
+def test_all_trackers_are_those_that_are_installed(tmp_path):
+    run(tmp_path, log_with="all")
+    assert (tmp_path / "run" / "logs" / "bertkd").is_dir()
+
+
+def test_examples_per_second_count_examples_and_training_only(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("bertkd.training.tracking.time.perf_counter", lambda: now[0])
+
+    class Slow(FakeDistiller):
+        def forward(self, batch):
+            now[0] += 0.25
+            return super().forward(batch)
+
+    def evaluate(student):
+        now[0] += 100
+        return {"accuracy": 1.0}
+
+    # 20 examples are updates of 8, 8 and 4, in two micro-batches each.
+    settings = {"data": examples(20), "epochs": 1, "accumulate": 2, "save_every": 1}
+    _, every = run(tmp_path / "a", Slow(), eval_fn=evaluate, eval_every=1, **settings)
+    rates = [row["examples_per_second"] for row in every.history if "loss" in row]
+    assert sorted(rates) == [8.0, 16.0, 16.0]
+    assert every.history[-2]["seconds"] == 201.5
+    _, few = run(tmp_path / "b", Slow(), log_every=3, **settings)
+    assert few.history[0]["examples_per_second"] == pytest.approx(20 / 1.5)
 
 
 def test_progress_shows_terms_and_steps(tmp_path, capsys):

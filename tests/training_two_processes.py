@@ -9,9 +9,11 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from training_fakes import FakeDistiller, collate, examples, same_state
 
+from bertkd.errors import CheckpointError
 from bertkd.training import Recipe, Stage, run_recipe, train
 
 SETTINGS = {"collate": collate, "log_with": None, "progress": False}
@@ -66,6 +68,15 @@ def check_resumption(folder: Path) -> None:
     assert len(result.history) == len(results[1].history)
 
 
+def check_disk(folder: Path) -> None:
+    """A process that does not see the others' checkpoints must not start afresh beside them."""
+    rank = torch.distributed.get_rank()
+    place = folder / ("1-one" if rank == 0 else "on-a-disk-of-its-own")
+    settings = SETTINGS | {"eval_fn": evaluate, "seed": RECIPE.seed, "resume": True}
+    with pytest.raises(CheckpointError, match=r"checkpoints of different steps \(\[5, 0\]\)"):
+        train(FakeDistiller(), FIRST, examples(19), output_dir=place, **settings)
+
+
 def check_dropout() -> None:
     """Processes that dropped the same units would learn the same thing twice."""
     draws = [None, None]
@@ -81,6 +92,7 @@ def main() -> None:
     train_both(folder / "together")
     check_resumption(folder / "dropout")
     check_dropout()
+    check_disk(folder / "together")
     torch.distributed.destroy_process_group()
 
 

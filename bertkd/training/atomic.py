@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>tmp|old)")
 
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """Give a temporary directory to fill; it takes ``path``'s name once everything is on disk.
 
-    What was at ``path`` is replaced. After an exception nothing is left of the temporary directory;
-    after a kill ``clear_leftovers`` removes it.
+    What was at ``path`` is replaced. After an exception it is there as before, and nothing is left
+    of the temporary directory; after a kill ``clear_leftovers`` sees to both.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    old = path.parent / f".{path.name}.{os.getpid()}.old"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -25,13 +30,15 @@ def whole_directory(path: Path) -> Iterator[Path]:
         for item in sorted(temporary.rglob("*")):
             _sync(item)
         _sync(temporary)
-        old = path.parent / f".{path.name}.{os.getpid()}.old"
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
         os.replace(temporary, path)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -39,16 +46,45 @@ def whole_directory(path: Path) -> Iterator[Path]:
 def whole_file(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, replacing what was there in one go."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def clear_leftovers(parent: Path, stem: str) -> None:
-    """Remove what killed processes left of temporary directories for names starting with ``stem``."""
-    for leftover in parent.glob(f".{stem}*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Remove what killed processes left behind for names starting with ``stem``.
+
+    A directory that was moved away to be replaced, and was not, gets its name back.
+    """
+    for leftover in parent.glob(f".{glob.escape(stem)}*"):
+        match = _LEFTOVER.fullmatch(leftover.name)
+        if match is None or _at_work(int(match["process"])):
+            continue
+        path = parent / match["name"]
+        if match["kind"] == "old" and not path.exists():
+            os.rename(leftover, path)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _at_work(process: int) -> bool:
+    """Whether another process of this number lives; this one is not writing where it clears up."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ SHA-256 of each, so that a truncated, altered or foreign folder is refused by na
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +28,9 @@ FORMAT = "bertkd-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_PARTS = {f"{name}.safetensors" for name in ("model", "optimizer")} | {
+    f"{name}.json" for name in ("trainer_state", "rng", "run")
+}
 
 logger = logging.getLogger(__name__)
 
@@ -44,18 +49,33 @@ class Contents:
 
 
 def save(output_dir: Path, step: int, contents: Contents) -> Path:
-    """Write ``output_dir/checkpoint-<step>``; it is complete and on disk when this returns."""
+    """Write ``output_dir/checkpoint-<step>``; it is complete and on disk when this returns.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left, and older ones are untouched.
+    """
     path = output_dir / f"checkpoint-{step}"
-    with whole_directory(path) as temporary:
-        for name, tensors in contents.tensors.items():
-            save_file(tensors, temporary / f"{name}.safetensors")
-        for name, document in contents.documents.items():
-            text = json.dumps(document, indent=1, allow_nan=False)
-            (temporary / f"{name}.json").write_text(text, encoding="utf-8")
-        files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    try:
+        with whole_directory(path) as temporary:
+            _fill(temporary, step, contents)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"{path} could not be written ({error}). The checkpoints before it are untouched: make "
+            "room, and resume=True goes on from the last one",
+        ) from error
     return path
+
+
+def _fill(folder: Path, step: int, contents: Contents) -> None:
+    for name, tensors in contents.tensors.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    for name, document in contents.documents.items():
+        text = json.dumps(document, indent=1, allow_nan=False)
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -72,29 +92,32 @@ def verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no {MANIFEST}; it was not written by bertkd's training")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        kind, version, files = manifest["format"], manifest["version"], manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} is damaged ({error})") from error
+        kind, version = manifest["format"], int(manifest["version"])
+        files = {name: (int(f["bytes"]), f["sha256"]) for name, f in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged ({error!r})") from error
     if kind != FORMAT:
         raise CheckpointError(f"{path}: {MANIFEST} says format {kind!r}, not {FORMAT!r}")
     if version > VERSION:
         raise CheckpointError(
             f"{path}: written in format version {version}, this bertkd reads up to {VERSION}"
         )
-    for name, expected in files.items():
-        _check_file(path, name, expected)
+    if unlisted := _PARTS - files.keys():
+        raise CheckpointError(f"{path}: {MANIFEST} does not list {', '.join(sorted(unlisted))}")
+    for name, (size, digest) in files.items():
+        _check_file(path, name, size, digest)
     return manifest
 
 
-def _check_file(path: Path, name: str, expected: dict[str, Any]) -> None:
+def _check_file(path: Path, name: str, size: int, digest: str) -> None:
     file = path / name
     if not file.is_file():
         raise CheckpointError(f"{path}: {name} is missing")
-    size = file.stat().st_size
-    if size != expected["bytes"]:
-        what = "truncated" if size < expected["bytes"] else "longer than it was written"
-        raise CheckpointError(f"{path}: {name} is {what}: {size} bytes of {expected['bytes']}")
-    if _fingerprint(file) != expected:
+    found = file.stat().st_size
+    if found != size:
+        what = "truncated" if found < size else "longer than it was written"
+        raise CheckpointError(f"{path}: {name} is {what}: {found} bytes of {size}")
+    if _fingerprint(file)["sha256"] != digest:
         raise CheckpointError(f"{path}: {name} is not what was written (SHA-256 differs)")
 
 
@@ -139,8 +162,17 @@ def find(output_dir: Path, resume: bool | str | Path) -> Path | None:
     Raises:
         CheckpointError: the one to be taken is damaged, or ``"last-good"`` found none that is not.
         ValueError: ``resume`` is False but the folder already holds checkpoints, or a path
-            elsewhere.
+            elsewhere; ``output_dir`` is, or lies in, a file.
+        TypeError: ``resume`` is none of these.
     """
+    if not isinstance(resume, (bool, str, Path)):
+        raise TypeError(f"resume must be True, False, 'last-good' or a path, got {resume!r}")
+    present = next((p for p in (output_dir, *output_dir.parents) if p.exists()), None)
+    if present is not None and not present.is_dir():
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} cannot be a folder: {str(present)!r} is a file; name "
+            "another place"
+        )
     found = checkpoints(output_dir)
     if not isinstance(resume, bool) and resume != "last-good":
         path = Path(resume)
@@ -175,7 +207,8 @@ def tidy(output_dir: Path, resumed: int) -> None:
     What killed processes left half-written is removed. Newer checkpoints, which would otherwise
     pass for this run's, are set aside as ``discarded-checkpoint-<step>``.
     """
-    clear_leftovers(output_dir, "checkpoint-")
+    for stem in ("checkpoint-", "history.jsonl"):
+        clear_leftovers(output_dir, stem)
     for step, path in checkpoints(output_dir).items():
         if step > resumed:
             aside = output_dir / f"discarded-{path.name}"

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 
-from bertkd.errors import unknown_name
+from bertkd.errors import unknown_name, whole_number
 from bertkd.training.recipe import Stage
 from bertkd.training.rng import kept_rng
 from bertkd.training.snapshot import TrainState
@@ -45,13 +45,19 @@ def predict(
         model: a Hugging Face model with a task head; its mode is kept.
         data: examples with ``input_ids``.
         collate: examples to a batch.
-        batch_size: examples per forward pass.
+        batch_size: examples per forward pass, 1 or more.
         autocast: run the forward in this dtype; None in the weights' own.
 
     Returns:
         Logits (N, C) in fp32 and labels (N,), None where there are none, in the order of ``data``.
+
+    Raises:
+        TypeError, ValueError: ``data`` is no sequence of examples, or empty; a ``batch_size`` below 1; a
+            ``model`` that gives no logits.
     """
-    lengths = example_lengths(data)
+    if whole_number("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    lengths = example_lengths(data, "data")
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     device = next(model.parameters()).device
     was_training = model.training
@@ -65,6 +71,11 @@ def predict(
             inputs = {k: v for k, v in accepted(model, batch).items() if k != "labels"}
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 output = model(**send_to_device(inputs, device))
+            if getattr(output, "logits", None) is None:
+                raise TypeError(
+                    f"model is a {type(model).__name__}, which gives no logits; load it with a task "
+                    "head, e.g. AutoModelForSequenceClassification"
+                )
             logits.append(output.logits.float().cpu())
     finally:
         model.train(was_training)
@@ -77,16 +88,42 @@ def run_eval(accelerator: Accelerator, module: nn.Module, eval_fn: EvalFn) -> di
     """``eval_fn(student)`` in eval mode, without gradients and without a trace in the generators.
 
     Every process evaluates; the main process's numbers count, so that all stop or go on together.
+
+    Raises:
+        TypeError: ``eval_fn`` gave something else than numbers by name.
     """
     module.eval()
     try:
         with torch.no_grad(), kept_rng():
-            metrics = {name: float(value) for name, value in eval_fn(student_of(module)).items()}
+            result = eval_fn(student_of(module))
     finally:
         module.train()
+    if not isinstance(result, Mapping):
+        raise TypeError(
+            f"eval_fn must return metrics by name, e.g. {{'accuracy': 0.9}}, got {result!r}"
+        )
+    metrics = {}
+    for name, value in result.items():
+        try:
+            metrics[name] = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"eval_fn's {name!r} must be a number, got {value!r}") from error
     if accelerator.num_processes > 1:
         metrics = broadcast_object_list([metrics])[0]
     return metrics
+
+
+def check_judged(stage: Stage, eval_fn: EvalFn | None) -> None:
+    """Refuse a stage that is to be judged by a metric that nobody computes.
+
+    Raises:
+        ValueError: ``stage.metric`` is given, but no ``eval_fn``.
+    """
+    if stage.metric is not None and stage.eval_every is not None and eval_fn is None:
+        raise ValueError(
+            f"stage {stage.name!r} picks its best weights by metric={stage.metric!r}, but there is no "
+            "eval_fn to compute it; pass one, or give the stage metric=None or eval_every=None"
+        )
 
 
 def note(
@@ -103,6 +140,13 @@ def note(
     if stage.metric not in metrics:
         raise unknown_name("metric", stage.metric, metrics)
     score = state.metrics[stage.metric]
+    if score is None:
+        logger.warning(
+            "step %d: %s is %s, which counts as no better than before",
+            state.step,
+            stage.metric,
+            metrics[stage.metric],
+        )
     sign = 1 if stage.maximize else -1
     if score is not None and (state.best_metric is None or sign * (score - state.best_metric) > 0):
         if teacher_score is not None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bertkd.training.atomic import whole_directory
+from bertkd.training.atomic import clear_leftovers, whole_directory
 
 # An invisible line of the model card tells our folders from other people's.
 MARK = "<!-- exported by bertkd -->"
@@ -30,6 +30,7 @@ def export(student: Any, tokenizer: Any | None, path: str | Path, card_text: str
         FileExistsError: ``path`` is a file, or a folder with something else in it.
     """
     path = Path(path)
+    clear_leftovers(path.parent, f"{path.name}.")
     if not _may_replace(path):
         raise FileExistsError(
             f"{path} exists and was not made by an export of bertkd; choose another path or remove it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bertkd.errors import unknown_name
@@ -44,6 +45,19 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise ValueError(f"{where}: {error}") from error
 
 
+def check_types(instance: Any) -> None:
+    """Convert the fields of a dataclass to their types in place, as ``from_mapping`` does.
+
+    For ``__post_init__``: built in Python, a dataclass is as strict as when it is read from a file.
+
+    Raises:
+        ValueError: a wrong type, naming the field.
+    """
+    for name, hint in get_type_hints(type(instance)).items():
+        # Frozen ones too: nobody has seen the instance yet.
+        object.__setattr__(instance, name, _convert(getattr(instance, name), hint, name))
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -80,15 +94,27 @@ def _convert_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
                 return _convert(value, option, where)
             except ValueError as error:
                 errors.append(str(error))
-    raise ValueError(errors[0] if len(errors) == 1 else f"{where}: cannot use {value!r}")
+    if len(errors) == 1:
+        raise ValueError(errors[0])
+    wanted = [
+        " or ".join(map(repr, get_args(option)))
+        if get_origin(option) is Literal
+        else option.__name__
+        for option in options
+        if option is not type(None)
+    ]
+    raise ValueError(f"{where}: cannot use {value!r}, expected {' or '.join(wanted)}")
 
 
 def _convert_plain(value: Any, kind: type, where: str) -> Any:
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if kind is float and isinstance(value, (Real, str)) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:
             pass
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    # NumPy's numbers are taken too, but not kept: JSON knows none of them.
+    elif kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    elif kind is not int and isinstance(value, kind):
         return value
     raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")

@@ -14,11 +14,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from bertkd.data.collate import LengthBucketSampler
+from bertkd.errors import CheckpointError, whole_number
 from bertkd.training import checkpoint
-from bertkd.training.evaluate import EvalFn, note, run_eval
+from bertkd.training.evaluate import EvalFn, check_judged, note, run_eval
 from bertkd.training.machine import (
     LossOnly,
     check_accelerator,
+    check_module,
     make_accelerator,
     trackers,
 )
@@ -26,7 +28,7 @@ from bertkd.training.meter import Meter, at_step, check_finite
 from bertkd.training.recipe import Stage
 from bertkd.training.rng import rng_state, seed_all, set_rng_state
 from bertkd.training.run_record import describe_run, refuse_other_run
-from bertkd.training.schedule import build_optimizer, build_schedule, stage_lengths
+from bertkd.training.schedule import advance, build_optimizer, build_schedule, stage_lengths
 from bertkd.training.snapshot import TrainState, check_saveable, restore, restore_model, take
 from bertkd.training.stream import Collate, Plan, example_lengths, stream
 from bertkd.training.tracking import History, Stopwatch
@@ -103,7 +105,10 @@ def train(
     """
     output_dir = Path(output_dir)
     lengths = example_lengths(train_data)
+    check_module(module)
     check_saveable(module)
+    check_judged(stage, eval_fn)
+    seed = whole_number("seed", seed)
     if accelerator is None:
         accelerator = make_accelerator(stage.precision, log_with, output_dir / "logs")
     check_accelerator(accelerator, stage.precision)
@@ -127,9 +132,9 @@ def train(
     schedule = build_schedule(adamw, stage, due)
     model, optimizer = accelerator.prepare(LossOnly(module), adamw)
     trained = [p for group in adamw.param_groups for p in group["params"]]
-    meter = Meter(accelerator, stage.log_every)
+    meter = Meter(accelerator, min(stage.log_every, due.total))
 
-    run = describe_run(module, stage, seed, lengths, accelerator)
+    run = describe_run(module, stage, seed, train_data, lengths, accelerator)
     state = TrainState()
     found = checkpoint.find(output_dir, resume)
     if found is not None:
@@ -139,7 +144,12 @@ def train(
         meter.load(state.window, keep=state.step % stage.log_every)
         set_rng_state(contents.documents["rng"]["processes"][accelerator.process_index])
         del contents
-    accelerator.wait_for_everyone()
+    steps = gather_object([state.step])
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"{output_dir}: the processes found checkpoints of different steps ({steps}); it must be a "
+            "folder that all of them see"
+        )
     if main:
         output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.tidy(output_dir, state.step)
@@ -158,12 +168,13 @@ def train(
     bar = tqdm(
         total=due.total, initial=state.step, desc=stage.name, disable=not (progress and main)
     )
-    clock = Stopwatch(state.seconds, state.step)
+    clock = Stopwatch(state.seconds)
     with closing(bar), trackers(accelerator, run, resumed=state.step):
         while True:
             # First of all, and after the checkpoint: a run killed in the evaluation resumes here.
             if eval_fn is not None and evaluates and due.evaluates(state.step):
-                metrics = run_eval(accelerator, module, eval_fn)
+                with clock.aside():
+                    metrics = run_eval(accelerator, module, eval_fn)
                 note(state, metrics, stage, teacher_score)
                 named = {f"eval_{name}": value for name, value in metrics.items()}
                 history.add({"step": state.step, "epoch": state.step / due.epoch, **named})
@@ -172,7 +183,7 @@ def train(
 
             step = state.step + 1
             for micro in range(stage.accumulate):
-                batch, weight = next(batches)
+                batch, weight, examples = next(batches)
                 batch = send_to_device(batch, device, non_blocking=True)
                 # Processes exchange gradients once per update, in its last micro-batch.
                 last = micro + 1 == stage.accumulate
@@ -191,27 +202,30 @@ def train(
             lr = schedule.get_last_lr()[0]
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
+            advance(schedule, optimizer.step_was_skipped)
             state.step = step
             state.skipped += optimizer.step_was_skipped
+            clock.count(examples)
             bar.update()
 
             if logs:
                 row = meter.read()
                 meter.clear()
-                rate = clock.rate(step) * stage.batch_size
-                times = {"examples_per_second": rate, "seconds": clock.seconds()}
+                times = {"examples_per_second": clock.rate(), "seconds": clock.seconds()}
                 history.add({"step": step, "epoch": step / due.epoch, "lr": lr, **row, **times})
                 bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
             if saves:
                 state.seconds = clock.seconds()
                 state.window = meter.state()
-                rng = gather_object([rng_state()])
-                if main:
-                    contents = take(module, adamw, schedule, accelerator.scaler, state, rng, run)
-                    checkpoint.save(output_dir, step, contents)
-                    checkpoint.prune(output_dir, stage.keep_last, state.best_step)
-                accelerator.wait_for_everyone()
+                with clock.aside():
+                    rng = gather_object([rng_state()])
+                    if main:
+                        contents = take(
+                            module, adamw, schedule, accelerator.scaler, state, rng, run
+                        )
+                        checkpoint.save(output_dir, step, contents)
+                        checkpoint.prune(output_dir, stage.keep_last, state.best_step)
+                    accelerator.wait_for_everyone()
 
     last_checkpoint = output_dir / f"checkpoint-{state.step}"
     best_checkpoint = None

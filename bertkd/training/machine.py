@@ -59,9 +59,15 @@ def check_accelerator(accelerator: Accelerator, precision: str) -> None:
     """Refuse an Accelerator that cannot do what the stage asks for.
 
     Raises:
-        ValueError: another mixed precision than the stage's, fp16 on a CPU, or a way of
-            distributing other than one process or DDP.
+        ValueError: another mixed precision than the stage's, accumulation of its own, fp16 on a CPU, or
+            a way of distributing other than one process or DDP.
     """
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "the accelerator was made with gradient_accumulation_steps="
+            f"{accelerator.gradient_accumulation_steps}, which would divide the gradient once more; "
+            "leave it at 1 and give the stage accumulate"
+        )
     if accelerator.mixed_precision != _PRECISION[precision]:
         raise ValueError(
             f"the stage's precision is {precision!r} but the accelerator was made with "
@@ -78,7 +84,7 @@ def check_accelerator(accelerator: Accelerator, precision: str) -> None:
 @contextmanager
 def trackers(accelerator: Accelerator, run: Mapping[str, Any], resumed: int) -> Iterator[None]:
     """Keep the trackers open; TensorBoard drops what a killed run wrote beyond step ``resumed``."""
-    purge = {"tensorboard": {"purge_step": resumed + 1}} if resumed else None
+    purge = {"tensorboard": {"purge_step": resumed + 1}}
     accelerator.init_trackers("bertkd", init_kwargs=purge)
     for tracker in accelerator.trackers:
         # TensorBoard would make a run of its own out of them.
@@ -91,6 +97,19 @@ def trackers(accelerator: Accelerator, run: Mapping[str, Any], resumed: int) -> 
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers = []
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse a bare model, whose forward takes no batch.
+
+    Raises:
+        TypeError: saying what to wrap it in.
+    """
+    if hasattr(module, "save_pretrained"):
+        raise TypeError(
+            f"module is a {type(module).__name__}; train Supervised(model) to learn from labels, or a "
+            "Distiller to learn from a teacher"
+        )
 
 
 class LossOnly(nn.Module):
@@ -107,6 +126,11 @@ class LossOnly(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and detached: the loss and its terms by name."""
         output = self.module(batch)
+        if not hasattr(output, "loss") or not hasattr(output, "terms"):
+            raise TypeError(
+                f"{type(self.module).__name__} gave a {type(output).__name__}; module(batch) must give an "
+                "object with loss (a scalar) and terms (scalars by name)"
+            )
         values = {name: value.detach() for name, value in output.terms.items()}
         return output.loss, values | {"loss": output.loss.detach()}
 
@@ -125,6 +149,8 @@ def _installed(log_with: str | Sequence[str] | None) -> list[Any]:
 
 
 def _find(tracker: str) -> bool:
+    if tracker == "all":  # of those that are installed
+        return True
     if tracker not in LoggerType.list():
         raise unknown_name("tracker", tracker, LoggerType.list())
     packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)

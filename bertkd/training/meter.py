@@ -17,6 +17,9 @@ from bertkd.training.tracking import finite
 
 NORM = "grad_norm"
 
+# Of fp16's loss. It starts at 2^16 and doubles after 2000 good steps; fairseq gives up here too.
+MIN_SCALE = 1e-4
+
 
 @contextmanager
 def at_step(step: int) -> Iterator[None]:
@@ -37,10 +40,16 @@ def check_finite(
 ) -> None:
     """``meter.check``, with what ``module.check_finite`` has to say on the cause where there is one.
 
-    A gradient that overflows under fp16 is not an error: the scaler skips the step.
+    A gradient that overflows under fp16 is not an error: the scaler skips the step and lowers its
+    scale. One that still overflows at a scale of next to nothing is.
     """
     try:
         meter.check(step, gradient=scaler is None)
+        if scaler is not None and (scale := scaler.get_scale()) < MIN_SCALE:
+            raise NonFiniteError(
+                f"step {step}: the gradient is not finite, at a loss scale of {scale:.2g} too, so that "
+                "every step is skipped; try precision='bf16' or 'fp32'"
+            )
     except NonFiniteError as error:
         explain: Any = getattr(module, "check_finite", None)
         if explain is not None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from bertkd.training import checkpoint
+from bertkd.training.evaluate import check_judged
 from bertkd.training.loop import TrainResult, train
 from bertkd.training.recipe import Recipe, Stage
-from bertkd.training.stream import Collate
+from bertkd.training.schedule import stage_lengths
+from bertkd.training.stream import Collate, example_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +47,22 @@ def run_recipe(
 
     Returns:
         One result per stage. The student is left with the last stage's weights.
+
+    Raises:
+        ValueError: before the first stage is trained, where one does not fit data or options, or where
+            its folder is in use; else as ``train``.
     """
     if resume not in (True, False, "last-good"):
         raise ValueError(f"resume must be True, False or 'last-good' for a recipe, got {resume!r}")
+    examples = len(example_lengths(train_data))
+    folders = [Path(output_dir) / f"{n}-{s.name}" for n, s in enumerate(recipe.stages, start=1)]
+    for stage, folder in zip(recipe.stages, folders, strict=True):
+        check_judged(stage, options.get("eval_fn"))
+        stage_lengths(stage, math.ceil(examples / stage.batch_size))
+        if resume is False:
+            checkpoint.find(folder, resume)
     results = []
-    for number, stage in enumerate(recipe.stages, start=1):
+    for number, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True), start=1):
         logger.info(
             "stage %d of %d: %s: %s", number, len(recipe.stages), stage.name, stage.objective
         )
@@ -56,7 +71,7 @@ def run_recipe(
                 build(stage),
                 stage,
                 train_data,
-                output_dir=Path(output_dir) / f"{number}-{stage.name}",
+                output_dir=folder,
                 collate=collate,
                 resume=resume,
                 seed=recipe.seed,

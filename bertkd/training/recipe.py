@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from bertkd.errors import unknown_name
-from bertkd.training.fields import from_mapping
+from bertkd.training.fields import check_types, from_mapping
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -33,7 +35,9 @@ class Stage:
         steps: number of updates.
         epochs: number of passes over the data, fractions allowed.
         batch_size: examples per update, over all processes and micro-batches together.
-        accumulate: micro-batches per update; only memory and speed depend on it.
+        accumulate: micro-batches per update, to save memory. Each counts by its share of the examples, so
+            a loss that is a mean over examples stays what it was. A mean over tokens does only where the
+            parts hold equally many, and a loss that compares the examples of a batch sees fewer of them.
         lr: peak learning rate.
         projection_lr: peak learning rate of the objective's own weights; ``lr`` if None.
         weight_decay: AdamW's, not applied to biases and norms.
@@ -84,6 +88,7 @@ class Stage:
     restore: Literal["best", "last"] = field(default="best", metadata=FREE)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"give exactly one of steps and epochs, got steps={self.steps} and "
@@ -122,28 +127,30 @@ class Stage:
         if not 0 <= self.lr_end < self.lr:
             raise ValueError(f"lr_end must lie in [0, lr), got {self.lr_end} with lr {self.lr}")
         share = isinstance(self.warmup, float)
-        if self.warmup < 0 or (share and self.warmup >= 1):
+        if not 0 <= self.warmup < (1 if share else math.inf):
             raise ValueError(
                 f"warmup must be a number of updates (int) or a share below 1 (float), got {self.warmup}"
             )
-        for name, options in _CHOICES.items():
-            if getattr(self, name) not in options:
-                raise unknown_name(name, str(getattr(self, name)), options)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values; ``from_mapping(Stage, ...)`` reads them back."""
-        return dataclasses.asdict(self) | {"betas": list(self.betas)}
+        values = dataclasses.asdict(self)
+        if isinstance(self.layer_map, Mapping):
+            values["layer_map"] = {str(key): value for key, value in self.layer_map.items()}
+        return json.loads(json.dumps(values, default=_plain))
 
 
-_CHOICES = {
-    "schedule": ("linear", "polynomial", "cosine", "constant"),
-    "precision": ("fp32", "bf16", "fp16"),
-    "restore": ("best", "last"),
-}
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays in a layer map, as JSON takes them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise ValueError(
+        f"layer_map: a recipe cannot hold a {type(value).__name__}; write pairs, e.g. '0:3,1:7'"
+    )
 
 
 def _positive(name: str, value: float) -> None:
-    if isinstance(value, str) or not 0 < value < math.inf:
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive, got {value!r}")
 
 
@@ -172,6 +179,7 @@ class Recipe:
     teacher: Stage | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.stages:
             raise ValueError("stages is empty: a recipe needs one stage at least")
         names = [stage.name for stage in self.stages]
@@ -208,6 +216,8 @@ class Recipe:
             raise ValueError(f"{where}: expected keys and values, got {values!r}")
         values = dict(values)
         shared = values.pop("every_stage", None) or {}
+        if not isinstance(shared, dict):
+            raise ValueError(f"{where}: every_stage must be keys and values, got {shared!r}")
         stages = values.get("stages")
         if not isinstance(stages, (list, tuple)):
             raise ValueError(f"{where}: stages must be a list of stages, got {stages!r}")

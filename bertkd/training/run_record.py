@@ -17,6 +17,7 @@ from torch import nn
 
 from bertkd.errors import CheckpointError
 from bertkd.training.recipe import Stage
+from bertkd.training.rng import kept_rng
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def describe_run(
     module: nn.Module,
     stage: Stage,
     seed: int,
+    data: Any,
     lengths: Sequence[int],
     accelerator: Accelerator,
 ) -> dict[str, Any]:
@@ -35,7 +37,11 @@ def describe_run(
         "stage": stage.to_dict(),
         "seed": seed,
         "processes": accelerator.num_processes,
-        "data": {"examples": len(lengths), "checksum_of_lengths": checksum},
+        "data": {
+            "examples": len(lengths),
+            "checksum_of_lengths": checksum,
+            "checksum_of_a_sample": _checksum_of_sample(data),
+        },
         "teacher": _checksum(getattr(module, "teacher", None)),
         "environment": {
             "device": accelerator.device.type,
@@ -73,6 +79,19 @@ def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str,
             then.get(key),
             now.get(key),
         )
+
+
+def _checksum_of_sample(data: Any, size: int = 64) -> int:
+    """CRC-32 of tokens and labels of some examples; other data may have the same lengths."""
+    checksum = 0
+    rows = sorted({i * (len(data) - 1) // (size - 1) for i in range(size)})
+    with kept_rng(0):  # reading an example may draw
+        for row in rows:
+            example = data[row]
+            for value in (example.get(name) for name in ("input_ids", "labels")):
+                plain = value.tolist() if hasattr(value, "tolist") else value
+                checksum = zlib.crc32(repr(plain).encode(), checksum)
+    return checksum
 
 
 def _checksum(teacher: Any) -> int | None:

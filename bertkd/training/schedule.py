@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,8 @@ def stage_lengths(stage: Stage, steps_per_epoch: int) -> Lengths:
     Raises:
         ValueError: the warmup does not fit into the stage.
     """
-    total = stage.steps or math.ceil((stage.epochs or 0) * steps_per_epoch)
+    # Rounded first: 1.1 epochs of 100 are 110.00000000000001 in floats, and are to be 110.
+    total = stage.steps or math.ceil(round((stage.epochs or 0) * steps_per_epoch, 6)) or 1
     warmup = stage.warmup
     if isinstance(warmup, float):
         warmup = round(warmup * total)
@@ -106,6 +108,15 @@ def _groups(module: nn.Module, stage: Stage) -> list[dict[str, Any]]:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": stage.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def advance(schedule: LRScheduler, skipped: bool) -> None:
+    """Go to the next update's learning rate; a skipped update counts as one."""
+    with warnings.catch_warnings():
+        if skipped:
+            # PyTorch takes a first step that the loss scaler skipped for a forgotten one.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        schedule.step()
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, stage: Stage, lengths: Lengths) -> LRScheduler:

@@ -68,6 +68,7 @@ def take(
     trainer = {
         "state": asdict(state),
         "groups": [_plain_group(group) for group in optimizer.param_groups],
+        "trained": _trained(module, optimizer),
         "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
         "scaler": scaler.state_dict() if scaler is not None else None,
         "aliases": aliases,
@@ -88,10 +89,19 @@ def restore(
     """Put ``contents`` into freshly built objects; generators are the caller's to restore.
 
     Raises:
-        CheckpointError: the weights do not fit ``module``.
+        CheckpointError: the weights do not fit ``module``, or other ones of them were trained.
     """
     trainer = contents.documents["trainer_state"]
     restore_model(contents, module)
+    then, now = trainer["trained"], _trained(module, optimizer)
+    if then != now:
+        before, after = ({name for group in groups for name in group} for groups in (then, now))
+        changed = sorted(before ^ after) or ["the same ones in other groups"]
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise CheckpointError(
+            "the checkpoint was made with other weights frozen or trained: "
+            f"{', '.join(changed[:5])}{more}; freeze the same ones, or start afresh"
+        )
     _restore_optimizer(contents, module, optimizer)
     missing = {"lr_lambdas": [None] * len(optimizer.param_groups)}
     schedule.load_state_dict(trainer["schedule"] | missing)
@@ -150,6 +160,15 @@ def _model_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
             first[same] = name
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     return tensors, aliases
+
+
+def _trained(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Names of the weights in each of the optimiser's groups."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return [
+        [names.get(id(p), "(not the module's)") for p in group["params"]]
+        for group in optimizer.param_groups
+    ]
 
 
 def _parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from bertkd.training.rng import kept_rng
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[list[Mapping[str, Any]]], Batch]
-# (update, micro-batch, share of the update's examples, rows)
-_Key = tuple[int, int, float, list[int]]
+# (update, micro-batch, share of the update's examples, their number, rows)
+_Key = tuple[int, int, float, int, list[int]]
 
 
 class Plan:
@@ -64,7 +64,7 @@ class Plan:
                 # DDP averages over processes, so weights add up to the number of them.
                 share = len(part) * self.processes / len(rows)
                 # Too few rows for all: a stand-in of weight 0, as every process must take part.
-                yield update, micro, share, part or rows[:1]
+                yield update, micro, share, len(rows), part or rows[:1]
 
 
 class _Batches(Dataset):
@@ -73,10 +73,10 @@ class _Batches(Dataset):
     def __init__(self, data: Any, collate: Collate, seed: int) -> None:
         self.data, self.collate, self.seed = data, collate, seed
 
-    def __getitem__(self, key: _Key) -> tuple[Batch, float]:
-        update, micro, share, rows = key
+    def __getitem__(self, key: _Key) -> tuple[Batch, float, int]:
+        update, micro, share, size, rows = key
         with kept_rng(zlib.crc32(repr((self.seed, update, micro, rows[0])).encode())):
-            return dict(self.collate([self.data[row] for row in rows])), share
+            return dict(self.collate([self.data[row] for row in rows])), share, size
 
 
 def _as_is(item: Any) -> Any:
@@ -96,28 +96,47 @@ class _Keys:
         return (self.stop - self.start) * self.plan.accumulate
 
 
-def example_lengths(data: Any) -> list[int]:
+def example_lengths(data: Any, argument: str = "train_data") -> list[int]:
     """Tokens of each example, for batching by length.
 
+    Args:
+        data: a sequence of mappings with ``input_ids``.
+        argument: what the caller's user knows it as.
+
     Raises:
-        TypeError: a stream, which has no length.
+        TypeError: a stream, which has no length, columns, or examples that are no mappings.
         ValueError: no examples, or one without ``input_ids``.
     """
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
-            f"train_data must be a sequence of examples, got a {type(data).__name__}; load a stream "
+            f"{argument} must be a sequence of examples, got a {type(data).__name__}; load a stream "
             "of text with bertkd.data.load_blocks"
         )
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"{argument} must be a sequence of examples, got a {type(data).__name__} of "
+            f"{', '.join(map(str, data))}; pass one split, or a list with a dict per example"
+        )
     if len(data) == 0:
-        raise ValueError("train_data is empty: there is nothing to learn from")
-    if "input_ids" not in data[0]:
-        raise ValueError(f"train_data's examples have no 'input_ids', only {', '.join(data[0])}")
+        raise ValueError(f"{argument} is empty: it has no examples")
+    _check_example(data[0], 0, argument)
     if hasattr(data, "lengths"):
         return list(data.lengths)
     # A datasets.Dataset gives a column at once, row by row it would be slow.
     if hasattr(data, "column_names"):
         return [len(ids) for ids in data["input_ids"]]
-    return [len(data[row]["input_ids"]) for row in range(len(data))]
+    examples = (data[row] for row in range(len(data)))
+    return [_check_example(example, row, argument) for row, example in enumerate(examples)]
+
+
+def _check_example(example: Any, row: int, argument: str) -> int:
+    if not isinstance(example, Mapping):
+        raise TypeError(
+            f"{argument}[{row}] must be a mapping with 'input_ids', got a {type(example).__name__}"
+        )
+    if "input_ids" not in example:
+        raise ValueError(f"{argument}[{row}] has no 'input_ids', only {', '.join(example)}")
+    return len(example["input_ids"])
 
 
 def stream(
@@ -130,8 +149,8 @@ def stream(
     seed: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[tuple[Batch, float]]:
-    """Micro-batches with their weights, from update ``start`` on.
+) -> Iterator[tuple[Batch, float, int]]:
+    """Micro-batches, their weights, and the examples of the whole update, from update ``start`` on.
 
     The global generators are left alone, so workers and prefetching do not change what is drawn
     elsewhere, and a run resumed in the middle sees the batches it would have seen.

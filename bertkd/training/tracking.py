@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +44,38 @@ class History:
 
 
 class Stopwatch:
-    """Seconds over all sittings, and updates per second since the last look.
+    """Seconds over all sittings, and examples per second since the last look.
 
     Args:
         earlier: seconds of earlier sittings.
-        step: updates done in them.
     """
 
-    def __init__(self, earlier: float, step: int) -> None:
-        now = time.perf_counter()
-        self._start = now - earlier
-        self._last = (now, step)
+    def __init__(self, earlier: float) -> None:
+        self._last = time.perf_counter()
+        self._start = self._last - earlier
+        self._examples = 0
 
     def seconds(self) -> float:
         """Time spent so far."""
         return time.perf_counter() - self._start
 
-    def rate(self, step: int) -> float:
-        """Updates per second since the last call."""
+    def count(self, examples: int) -> None:
+        """Note an update on so many examples."""
+        self._examples += examples
+
+    def rate(self) -> float:
+        """Examples per second since the last call."""
         now = time.perf_counter()
-        (then, before), self._last = self._last, (now, step)
-        return (step - before) / (now - then)
+        rate = self._examples / (now - self._last)
+        self._last, self._examples = now, 0
+        return rate
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside takes time, but is no training: ``rate`` leaves it out."""
+        before = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - before
 
 
 def finite(value: Any) -> Any:
