@@ -42,7 +42,7 @@ class Bare(FakeDistiller):
 
 
 def test_what_cannot_work_is_refused_before_the_first_batch(tmp_path):
-    with pytest.raises(ValueError, match=r"warmup \(9 updates\) must be shorter"):
+    with pytest.raises(ValueError, match=r"warmup must be shorter.* got 9 updates of the 9 of"):
         run(tmp_path, steps=9, warmup=9)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         run(tmp_path, FakeDistiller().requires_grad_(False))
@@ -119,7 +119,7 @@ def test_a_recipe_is_checked_before_its_first_stage_is_trained(tmp_path):
 
     with pytest.raises(ValueError, match="stage 'two' picks its best weights by"):
         train_with(metric="accuracy", eval_every="epoch")
-    with pytest.raises(ValueError, match=r"warmup \(5 updates\) must be shorter"):
+    with pytest.raises(ValueError, match="got 5 updates of the 2 of stage 'two'; give fewer"):
         train_with(warmup=5)
     (tmp_path / "2-two" / "checkpoint-1").mkdir(parents=True)
     with pytest.raises(ValueError, match="2-two already holds checkpoint-1"):

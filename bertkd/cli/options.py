@@ -20,7 +20,7 @@ class TaskOptions:
         text_column: Local files: column of the text. Default: guessed from common names.
         pair_column: Local files: column of the second text of a pair. Default: single texts.
         label_column: Local files: column of the label. Default: guessed from common names.
-        validation_path: Local files: validation data. Default: found beside, or held out.
+        validation_path: Local files: validation data. Default: a folder's file of that name, or held out.
         test_path: Local files: test data.
         glue_dir: Folder with GLUE's files. Default: the Hugging Face Hub.
     """

@@ -54,7 +54,8 @@ def stage_lengths(stage: Stage, steps_per_epoch: int) -> Lengths:
         warmup = round(warmup * total)
     if warmup >= total and warmup > 0:
         raise ValueError(
-            f"warmup ({warmup} updates) must be shorter than the stage ({total} updates)"
+            f"warmup must be shorter than the stage, got {warmup} updates of the {total} of stage "
+            f"{stage.name!r}; give fewer, or a share of the stage such as 0.06"
         )
 
     def interval(every: int | str | None) -> int:

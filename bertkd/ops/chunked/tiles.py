@@ -114,7 +114,7 @@ def key_mask(mask: Tensor | None, tile: Tile) -> Tensor | None:
 
 
 def kl_sweep(s: Tensor, t: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Row KL of two tiles of scores, and P_s - P_t, in five passes and without another buffer.
+    """Row KL of two tiles of scores, and P_s - P_t, without another buffer.
 
     KL = sum_j P_t (T_j - S_j - lse_t + lse_s). The difference of the log-sum-exps comes from the row
     maxima (lse = max S - log max P), the maxima's difference first, and is taken off before the sum:
