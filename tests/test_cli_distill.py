@@ -162,17 +162,6 @@ def test_wrong_input_is_refused_before_anything_is_written(words, message, place
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("output", "message"), [("", "name a JSON file"), (".", "is no file"), ("no/x.json", "'no'")]
-)
-def test_where_scores_cannot_go_is_told_before_any_work(output, message, capsys):
-    words = ["--model", "never-loaded", "--task", "never-loaded", "--output", output]
-    assert main(["evaluate", *words]) == 2
-    text = capsys.readouterr().err
-    assert f"output={output!r}" in text
-    assert message in text
-
-
 def test_data_and_teachers_that_do_not_fit(place, tmp_path, capsys):
     out = tmp_path / "out"
     empty = save_csv(tmp_path / "empty.csv", [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,22 @@ from bertkd.cli.options import TaskOptions
 if TYPE_CHECKING:
     from bertkd.study.workload import Workload
 
+ALL = "all"
+
 
 @dataclass(kw_only=True)
 class Config(TaskOptions):
     """Score a model on a task, beside its teacher if one is given.
 
       bertkd evaluate --model runs/rte/model --task rte
+      bertkd evaluate --model runs/rte/model --task new.csv --split all
       bertkd evaluate --model student --teacher teacher --task pydocs-retrieval --split test
 
     Attributes:
         model: Folder of the model, or its name on the Hugging Face Hub.
         teacher: Second model to compare with; for pydocs-retrieval also by Spearman's rho of all
             similarities.
-        split: validation, test, or another validation set of the task.
+        split: validation, test, another validation set of the task, or all: every row of a local file.
         max_length: Tokens per example at most.
         output: JSON file to write the scores to.
     """
@@ -36,6 +40,10 @@ class Config(TaskOptions):
     max_length: int = 128
     output: str | None = None
 
+    def rows_of(self) -> str:
+        """The split that holds what is to be scored: a whole file is loaded as one of its own."""
+        return "validation" if self.split == ALL else self.split
+
 
 def prepare(config: Config) -> Callable[[], None]:
     """Load data and models; the result runs them.
@@ -43,15 +51,31 @@ def prepare(config: Config) -> Callable[[], None]:
     Raises:
         ValueError, FileNotFoundError: whatever cannot work, by the name of its option.
     """
-    from bertkd.study.models import load_model, load_tokenizer, saved_head
+    from bertkd.data import is_built_in
+    from bertkd.study.models import load_model, load_tokenizer, saved_head, saved_labels
+    from bertkd.study.workload import RETRIEVAL
 
     if config.task is None:
         raise ValueError("no data: give --task (a task's name or a file).")
+    local = not is_built_in(config.task) and config.task != RETRIEVAL
+    if config.split == ALL:
+        _check_all(config, local)
     if config.output is not None:
         _check_output(config.output)
     tokenizer = load_tokenizer(config.model, "model")
-    workload = config.workload(config.task, tokenizer, config.max_length)
-    workload.judge(config.split)
+    rows: dict[str, Any] = {}
+    if local and saved_head(config.model, "model") == "labels":
+        rows |= saved_labels(config.model, "model")
+    if config.split == ALL:
+        rows["validation_path"] = config.task
+    workload = config.workload(config.task, tokenizer, config.max_length, **rows)
+    workload.judge(config.rows_of())
+    held_out = config.split == "validation" and config.validation_path is None
+    if local and held_out and Path(config.task).is_file():
+        warnings.warn(
+            "only the rows that training holds out count; --split all counts every row",
+            stacklevel=2,
+        )
     paths = {"teacher": config.teacher, "model": config.model}
     models = {}
     for name, path in paths.items():
@@ -63,6 +87,16 @@ def prepare(config: Config) -> Callable[[], None]:
             )
         models[name] = load_model(path, name, workload.head)
     return lambda: _run(config, workload, models)
+
+
+def _check_all(config: Config, local: bool) -> None:
+    if not local or Path(config.task or "").is_dir():
+        raise ValueError(
+            f"split='all' is for a single file, and {config.task!r} has splits; name one of them."
+        )
+    for name in ("validation_path", "test_path"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"split='all' scores {config.task!r}, which leaves no use for {name}.")
 
 
 def _check_output(path: str) -> None:
@@ -83,7 +117,7 @@ def _run(config: Config, workload: Workload, models: dict[str, Any]) -> None:
     from bertkd.study.jobs import score_table
 
     device = PartialState().device
-    judge = workload.judge(config.split)
+    judge = workload.judge(config.rows_of())
     scores = {}
     for name, model in models.items():
         model.to(device)

@@ -33,12 +33,12 @@ class TaskOptions:
     test_path: str | None = None
     glue_dir: str | None = None
 
-    def workload(self, task: str, tokenizer: Any, max_length: int) -> Workload:
-        """Load the task; ``task`` is what these options or the recipe name."""
+    def workload(self, task: str, tokenizer: Any, max_length: int, **more: Any) -> Workload:
+        """Load the task; ``task`` is what these options or the recipe name, ``more`` is for ``load_task``."""
         from bertkd.study.workload import load_workload
 
         columns = {f.name: getattr(self, f.name) for f in fields(TaskOptions) if f.name != "task"}
-        return load_workload(task, tokenizer, max_length, **columns)
+        return load_workload(task, tokenizer, max_length, **columns | more)
 
 
 @dataclass(kw_only=True)

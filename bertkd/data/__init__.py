@@ -6,7 +6,7 @@ from bertkd.data.corpus import Corpus, open_corpus
 from bertkd.data.docstring_cache import read_docstrings
 from bertkd.data.mlm import MaskingCollator
 from bertkd.data.pydocs import RetrievalData, load_retrieval
-from bertkd.data.tasks import TaskData, encode_task, load_task
+from bertkd.data.tasks import TaskData, encode_task, is_built_in, load_task
 
 __all__ = [
     "Collator",
@@ -17,6 +17,7 @@ __all__ = [
     "TaskData",
     "TextBlocks",
     "encode_task",
+    "is_built_in",
     "load_blocks",
     "load_retrieval",
     "load_task",

@@ -57,6 +57,11 @@ class TaskData:
     notes: tuple[str, ...] = ()
 
 
+def is_built_in(name: str) -> bool:
+    """Whether ``load_task`` takes ``name`` for a task of its own, not for a file."""
+    return glue_name(name) is not None or name in PYDOCS_TASKS
+
+
 def load_task(
     name_or_path: str | os.PathLike[str],
     *,
@@ -118,7 +123,7 @@ def load_task(
         "label_names": label_names,
     }
     glue = glue_name(name)
-    if glue or name in PYDOCS_TASKS:
+    if is_built_in(name):
         given = [argument for argument, value in local.items() if value is not None]
         if given:
             raise ValueError(

@@ -113,6 +113,17 @@ def label_config(task: TaskData) -> dict[str, Any]:
     }
 
 
+def saved_labels(path: str | os.PathLike[str], argument: str) -> dict[str, Any]:
+    """The labels of a checkpoint with that head, as arguments of ``load_task``: a file may lack some."""
+    config = load_config(path, argument)
+    names = [config.id2label[number] for number in range(config.num_labels)]
+    if config.num_labels == 1:
+        return {"regression": True}
+    if names == [f"LABEL_{number}" for number in range(config.num_labels)]:
+        return {"num_labels": config.num_labels}
+    return {"label_names": names}
+
+
 @contextlib.contextmanager
 def _said_plainly(path: str | os.PathLike[str], argument: str, what: str) -> Iterator[None]:
     name = os.fspath(path)
