@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,10 @@ from bertkd.encoders import unwrap
 from bertkd.errors import NonFiniteError, unknown_name
 from bertkd.layer_maps import MapSpec
 from bertkd.objectives import Expression, Needs, Objective, StepContext, build_objective
+from bertkd.objectives.base import Side
+from bertkd.objectives.options import not_negative
 from bertkd.objectives.sides import check_models, model_inputs
+from bertkd.ops.checks import check_mask_dtype
 from bertkd.ops.dispatch import requested
 from bertkd.plan import Plan, make_plan
 
@@ -152,12 +154,13 @@ class Distiller(nn.Module):
         student = self._record(
             self.student, batch, needs.student_blocks, needs.student_states, needs.student_logits
         )
+        setup = self.objective.setup
         step = StepContext(
             student=student,
             teacher=teacher,
             mask=batch.get("attention_mask"),
-            student_logits=self._logits(student, "student") if needs.student_logits else None,
-            teacher_logits=self._logits(teacher, "teacher") if needs.teacher_logits else None,
+            student_logits=_logits(student, setup.student) if needs.student_logits else None,
+            teacher_logits=_logits(teacher, setup.teacher) if needs.teacher_logits else None,
             batch=batch,
         )
         loss, terms = self.objective(step)
@@ -179,12 +182,12 @@ class Distiller(nn.Module):
         """
         if torch.isfinite(output.loss):
             return
-        needs = self.objective.needs()
+        needs, side = self.objective.needs(), self.objective.setup.teacher
         teacher = self._record_teacher(batch, needs)
         step = StepContext(
             student=Recording(),
             teacher=teacher,
-            teacher_logits=self._logits(teacher, "teacher") if needs.teacher_logits else None,
+            teacher_logits=_logits(teacher, side) if needs.teacher_logits else None,
         )
         raise NonFiniteError(_blame(step, output.terms))
 
@@ -207,10 +210,8 @@ class Distiller(nn.Module):
         """
         rates = {"lr": lr, "weight_decay": weight_decay, "projection_lr": projection_lr}
         for name, value in rates.items():
-            if value is None and name == "projection_lr":
-                continue
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a finite number, 0 or more, got {value!r}")
+            if value is not None or name != "projection_lr":
+                not_negative(name, value)
         groups = []
         for module, rate in (
             (self.student, lr),
@@ -287,20 +288,6 @@ class Distiller(nn.Module):
         )
         return capture(stop_early=not logits, **model_inputs(model, batch))
 
-    def _logits(self, recording: Recording, role: str) -> Tensor:
-        output: Any = recording.output
-        setup = self.objective.setup
-        head = (setup.student if role == "student" else setup.teacher).head
-        logits = getattr(output, "logits", None)
-        if logits is None and isinstance(output, tuple) and head in ("sequence", "token", "mlm"):
-            logits = output[0]  # return_dict=False; there is no loss before them without labels
-        if logits is None:
-            raise ValueError(
-                f"the {role}'s output has no .logits, got {type(output).__name__}; use a model "
-                "with one classification or language-modelling head"
-            )
-        return logits
-
     def _check_batch(self, batch: Mapping[str, Any], needs: Needs) -> None:
         if not isinstance(batch, Mapping):
             raise TypeError(
@@ -335,12 +322,8 @@ class Distiller(nn.Module):
                 f"batch['attention_mask'] must have the shape of input_ids, {tuple(ids.shape)}, got "
                 f"{tuple(mask.shape)}: the tokenizer's mask, 1 = real token"
             )
-        if mask is not None and mask.is_floating_point():
-            raise TypeError(
-                "batch['attention_mask'] must be bool or integer, 1 = real token, got "
-                f"{mask.dtype}; if it holds ones and zeros, pass mask.bool(); if it is an additive "
-                "one, mask == 0"
-            )
+        if mask is not None:
+            check_mask_dtype("batch['attention_mask']", mask)
         length = ids.shape[1]
         # Asking a GPU would mean waiting for it, asking a graph breaking it.
         known = ids.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -357,6 +340,19 @@ class Distiller(nn.Module):
                     f"input_ids run from {lowest} to {highest}, but the {side.role} embeds 0.."
                     f"{side.spec.vocab_size - 1}; use the tokenizer of the models"
                 )
+
+
+def _logits(recording: Recording, side: Side) -> Tensor:
+    output: Any = recording.output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple) and side.head in ("sequence", "token", "mlm"):
+        logits = output[0]  # return_dict=False; there is no loss before them without labels
+    if logits is None:
+        raise ValueError(
+            f"the {side.role}'s output has no .logits, got {type(output).__name__}; use a model "
+            "with one classification or language-modelling head"
+        )
+    return logits
 
 
 def _blame(step: StepContext, terms: Mapping[str, Tensor]) -> str:

@@ -37,12 +37,15 @@ def unknown_name(kind: str, got: str, options: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {got!r}.{hint} Known: {', '.join(names)}.")
 
 
-def whole_number(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
     """``value`` as an int, NumPy's integers included; ``name`` is the argument it was given as.
 
     Raises:
         TypeError: if it is anything else, ``True`` and ``2.0`` included.
+        ValueError: if it is below ``least``.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)

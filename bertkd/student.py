@@ -214,9 +214,7 @@ def _relabel(config: Any, num_labels: int, *, has_head: bool, copy_head: bool) -
             "num_labels needs a teacher with a task head, this one is a bare encoder: load it "
             "with AutoModelForSequenceClassification"
         )
-    num_labels = whole_number("num_labels", num_labels)
-    if num_labels < 1:
-        raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+    num_labels = whole_number("num_labels", num_labels, least=1)
     if num_labels == config.num_labels:
         return
     if copy_head:

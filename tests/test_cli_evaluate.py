@@ -47,7 +47,9 @@ def predictions(model, rows):
     ],
 )
 def test_every_row_of_a_file_counts_by_the_models_labels(tmp_path, config, labels):
-    model = save_tiny_model(tmp_path / "model", head_cls="sequence", initializer_range=1.0, **config)
+    model = save_tiny_model(
+        tmp_path / "model", head_cls="sequence", initializer_range=1.0, **config
+    )
     task, rows = save_rows(tmp_path, labels)
     logits, names = predictions(model, rows)
     numbers = {name: number for number, name in names.items()}

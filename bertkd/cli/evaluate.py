@@ -40,7 +40,7 @@ class Config(TaskOptions):
     max_length: int = 128
     output: str | None = None
 
-    def rows_of(self) -> str:
+    def scored_split(self) -> str:
         """The split that holds what is to be scored: a whole file is loaded as one of its own."""
         return "validation" if self.split == ALL else self.split
 
@@ -63,13 +63,11 @@ def prepare(config: Config) -> Callable[[], None]:
     if config.output is not None:
         _check_output(config.output)
     tokenizer = load_tokenizer(config.model, "model")
-    rows: dict[str, Any] = {}
-    if local and saved_head(config.model, "model") == "labels":
-        rows |= saved_labels(config.model, "model")
+    options = saved_labels(config.model, "model") if local else {}
     if config.split == ALL:
-        rows["validation_path"] = config.task
-    workload = config.workload(config.task, tokenizer, config.max_length, **rows)
-    workload.judge(config.rows_of())
+        options["validation_path"] = config.task
+    workload = config.workload(config.task, tokenizer, config.max_length, **options)
+    workload.judge(config.scored_split())
     held_out = config.split == "validation" and config.validation_path is None
     if local and held_out and Path(config.task).is_file():
         warnings.warn(
@@ -117,7 +115,7 @@ def _run(config: Config, workload: Workload, models: dict[str, Any]) -> None:
     from bertkd.study.jobs import score_table
 
     device = PartialState().device
-    judge = workload.judge(config.rows_of())
+    judge = workload.judge(config.scored_split())
     scores = {}
     for name, model in models.items():
         model.to(device)

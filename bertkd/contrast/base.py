@@ -33,7 +33,7 @@ class Contrast(nn.Module, ABC):
     ) -> None:
         super().__init__()
         for name, value in (("d_s", d_s), ("d_t", d_t), ("dim", dim)):
-            check_size(name, value)
+            whole_number(name, value, least=1)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
@@ -140,12 +140,6 @@ def _linear(d_in: int, d_out: int, generator: torch.Generator) -> nn.Linear:
         layer.weight.uniform_(-bound, bound, generator=generator)
         layer.bias.uniform_(-bound, bound, generator=generator)
     return layer
-
-
-def check_size(name: str, value: int, least: int = 1) -> None:
-    """Refuse a size that is no whole number (``TypeError``) or below ``least`` (``ValueError``)."""
-    if whole_number(name, value) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _embed(layer: nn.Linear, features: Tensor) -> Tensor:

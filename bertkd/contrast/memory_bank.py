@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertkd.contrast.base import Contrast, check_size, gather, rank, world_size
+from bertkd.contrast.base import Contrast, gather, rank, world_size
+from bertkd.errors import whole_number
 
 
 class MemoryBankContrast(Contrast):
@@ -70,8 +71,8 @@ class MemoryBankContrast(Contrast):
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         super().__init__(d_s, d_t, dim=dim, temperature=temperature, generator=generator)
-        check_size("num_examples", num_examples, least=2)
-        check_size("negatives", negatives)
+        whole_number("num_examples", num_examples, least=2)
+        whole_number("negatives", negatives, least=1)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.num_examples, self.negatives = num_examples, negatives

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertkd.contrast.base import Contrast, check_size, gather
+from bertkd.contrast.base import Contrast, gather
+from bertkd.errors import whole_number
 
 
 class QueueContrast(Contrast):
@@ -51,7 +52,7 @@ class QueueContrast(Contrast):
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         super().__init__(d_s, d_t, dim=dim, temperature=temperature, generator=generator)
-        check_size("queue_size", queue_size)
+        whole_number("queue_size", queue_size, least=1)
         self.queue_size = queue_size
         start = torch.empty(queue_size, dim, device="cpu").normal_(generator=generator)
         self.register_buffer("queue", F.normalize(start, dim=1))

@@ -42,8 +42,7 @@ class Collator:
             raise ValueError(
                 "this tokenizer has no pad token: set tokenizer.pad_token (e.g. to its eos_token)"
             )
-        if whole_number("pad_to_multiple_of", pad_to_multiple_of) < 1:
-            raise ValueError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+        whole_number("pad_to_multiple_of", pad_to_multiple_of, least=1)
         if tokenizer.padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be left or right, got {tokenizer.padding_side!r}")
         self.pad_to_multiple_of = pad_to_multiple_of

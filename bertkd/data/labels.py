@@ -102,8 +102,8 @@ def infer_labels(
                 f"num_labels={num_labels}, but there are {len(label_names)} classes: "
                 f"{_listed(label_names)}"
             )
-    if num_labels is not None and whole_number("num_labels", num_labels) < 1:
-        raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+    if num_labels is not None:
+        whole_number("num_labels", num_labels, least=1)
     if regression is None and num_labels == 1:
         regression = True
     if regression and (label_names is not None or (num_labels or 1) != 1):

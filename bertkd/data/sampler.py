@@ -65,10 +65,8 @@ class LengthBucketSampler(Sampler[list[int]]):
             "world_size": world_size,
         }
         for argument, value in sizes.items():
-            if whole_number(argument, value) < 1:
-                raise ValueError(f"{argument} must be at least 1, got {value}")
-        if whole_number("seed", seed) < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
+            whole_number(argument, value, least=1)
+        whole_number("seed", seed, least=0)
         if not 0 <= whole_number("rank", rank) < world_size:
             raise ValueError(
                 f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}"

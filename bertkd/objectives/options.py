@@ -15,10 +15,25 @@ def positive(name: str, value: Any) -> float:
     Raises:
         ValueError: it is not; the message names the option.
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not (math.isfinite(value) and value > 0):
+    if not _is_finite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     return float(value)
+
+
+def not_negative(name: str, value: Any) -> float:
+    """Check an option that must be a finite number, 0 or more.
+
+    Raises:
+        ValueError: it is not; the message names the option.
+    """
+    if not _is_finite(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number, 0 or more, got {value!r}")
+    return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def implementation(impl: str | None, default: str) -> str:

@@ -59,15 +59,20 @@ def check_mask(
             else ""
         )
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(mask.shape)}.{advice}")
-    if is_mask and (mask.is_floating_point() or mask.is_complex()):
-        # An additive mask is 0 at real tokens and would be taken for its opposite.
-        raise TypeError(
-            f"{op}: mask must be bool or integer, 1 = real token, got {mask.dtype}. If it holds ones and zeros, pass "
-            "mask.bool(); if it is an additive one, mask == 0."
-        )
+    if is_mask:
+        check_mask_dtype(f"{op}: mask", mask)
     if mask.device != device:
         raise ValueError(
             f"{op}: {name} is on {mask.device}, the tensors on {device}. Move it there."
+        )
+
+
+def check_mask_dtype(name: str, mask: Tensor) -> None:
+    """Refuse a mask of floats: an additive one is 0 at real tokens and would be taken for its opposite."""
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"{name} must be bool or integer, 1 = real token, got {mask.dtype}. If it holds ones and zeros, pass "
+            "mask.bool(); if it is an additive one, mask == 0."
         )
 
 

@@ -93,7 +93,11 @@ def load_config(path: str | os.PathLike[str], argument: str) -> PretrainedConfig
 
 def saved_head(path: str | os.PathLike[str], argument: str) -> str | None:
     """Which head the checkpoint was saved with: ``"labels"``, ``"mlm"`` or ``None``."""
-    names = load_config(path, argument).architectures or []
+    return _head(load_config(path, argument))
+
+
+def _head(config: PretrainedConfig) -> str | None:
+    names = config.architectures or []
     if any(name.endswith("ForSequenceClassification") for name in names):
         return "labels"
     masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
@@ -116,6 +120,8 @@ def label_config(task: TaskData) -> dict[str, Any]:
 def saved_labels(path: str | os.PathLike[str], argument: str) -> dict[str, Any]:
     """The labels of a checkpoint with that head, as arguments of ``load_task``: a file may lack some."""
     config = load_config(path, argument)
+    if _head(config) != "labels":
+        return {}
     names = [config.id2label[number] for number in range(config.num_labels)]
     if config.num_labels == 1:
         return {"regression": True}

@@ -55,8 +55,7 @@ def predict(
         TypeError, ValueError: ``data`` is no sequence of examples, or empty; a ``batch_size`` below 1; a
             ``model`` that gives no logits.
     """
-    if whole_number("batch_size", batch_size) < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    whole_number("batch_size", batch_size, least=1)
     lengths = example_lengths(data, "data")
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     device = next(model.parameters()).device

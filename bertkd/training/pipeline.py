@@ -15,7 +15,7 @@ from bertkd.training.evaluate import check_judged
 from bertkd.training.loop import TrainResult, train
 from bertkd.training.recipe import Recipe, Stage
 from bertkd.training.schedule import stage_lengths
-from bertkd.training.stream import Collate, example_lengths
+from bertkd.training.stream import Collate, count_examples
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def run_recipe(
     """
     if resume not in (True, False, "last-good"):
         raise ValueError(f"resume must be True, False or 'last-good' for a recipe, got {resume!r}")
-    examples = len(example_lengths(train_data))
+    examples = count_examples(train_data)
     folders = [Path(output_dir) / f"{n}-{s.name}" for n, s in enumerate(recipe.stages, start=1)]
     for stage, folder in zip(recipe.stages, folders, strict=True):
         check_judged(stage, options.get("eval_fn"))

@@ -96,8 +96,8 @@ class _Keys:
         return (self.stop - self.start) * self.plan.accumulate
 
 
-def example_lengths(data: Any, argument: str = "train_data") -> list[int]:
-    """Tokens of each example, for batching by length.
+def count_examples(data: Any, argument: str = "train_data") -> int:
+    """Number of examples, of which the first is looked at.
 
     Args:
         data: a sequence of mappings with ``input_ids``.
@@ -120,12 +120,18 @@ def example_lengths(data: Any, argument: str = "train_data") -> list[int]:
     if len(data) == 0:
         raise ValueError(f"{argument} is empty: it has no examples")
     _check_example(data[0], 0, argument)
+    return len(data)
+
+
+def example_lengths(data: Any, argument: str = "train_data") -> list[int]:
+    """Tokens of each example, for batching by length; arguments and errors are those of ``count_examples``."""
+    count = count_examples(data, argument)
     if hasattr(data, "lengths"):
         return list(data.lengths)
     # A datasets.Dataset gives a column at once, row by row it would be slow.
     if hasattr(data, "column_names"):
         return [len(ids) for ids in data["input_ids"]]
-    examples = (data[row] for row in range(len(data)))
+    examples = (data[row] for row in range(count))
     return [_check_example(example, row, argument) for row, example in enumerate(examples)]
 
 
