@@ -16,18 +16,14 @@ from bertkd.errors import NonFiniteError, unknown_name
 from bertkd.layer_maps import MapSpec
 from bertkd.objectives import Expression, Needs, Objective, StepContext, build_objective
 from bertkd.objectives.base import Side
+from bertkd.objectives.batch import check_batch
 from bertkd.objectives.options import not_negative
 from bertkd.objectives.sides import check_models, model_inputs
-from bertkd.ops.checks import check_mask_dtype
 from bertkd.ops.dispatch import requested
 from bertkd.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# Columns of a batch that are read, or given to the models, as tensors.
-TENSORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "index")
 
 
 @dataclass
@@ -149,7 +145,7 @@ class Distiller(nn.Module):
             )
         self.objective.redraw()
         needs = self.objective.needs()
-        self._check_batch(batch, needs)
+        check_batch(batch, self.objective)
         teacher = self._record_teacher(batch, needs)
         student = self._record(
             self.student, batch, needs.student_blocks, needs.student_states, needs.student_logits
@@ -287,59 +283,6 @@ class Distiller(nn.Module):
             instead_of_sdpa=self._instead_of_sdpa(model),
         )
         return capture(stop_early=not logits, **model_inputs(model, batch))
-
-    def _check_batch(self, batch: Mapping[str, Any], needs: Needs) -> None:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"batch must be a mapping such as what a tokenizer gives, got {type(batch).__name__}; "
-                "call distiller({'input_ids': ..., 'attention_mask': ...})"
-            )
-        for column, needed in (
-            ("input_ids", True),
-            ("labels", needs.labels),
-            ("index", needs.index),
-        ):
-            if needed and batch.get(column) is None:
-                raise ValueError(
-                    f"the batch has no {column!r}, which {self.objective.expression} needs; it has "
-                    f"{', '.join(map(repr, batch)) or 'nothing'}"
-                )
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        for column, value in batch.items():
-            if column in TENSORS and value is not None and not isinstance(value, Tensor):
-                raise TypeError(
-                    f"batch[{column!r}] must be a tensor, got {type(value).__name__}; tokenize with "
-                    "return_tensors='pt'"
-                )
-        if ids.dim() != 2 or ids.numel() == 0:
-            raise ValueError(
-                f"batch['input_ids'] must be (B, L), neither of them 0, got shape {tuple(ids.shape)}"
-            )
-        if ids.is_floating_point():
-            raise TypeError(f"batch['input_ids'] must be integers, got {ids.dtype}")
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(
-                f"batch['attention_mask'] must have the shape of input_ids, {tuple(ids.shape)}, got "
-                f"{tuple(mask.shape)}: the tokenizer's mask, 1 = real token"
-            )
-        if mask is not None:
-            check_mask_dtype("batch['attention_mask']", mask)
-        length = ids.shape[1]
-        # Asking a GPU would mean waiting for it, asking a graph breaking it.
-        known = ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        lowest, highest = map(int, ids.aminmax()) if known else (0, 0)
-        for side in (self.objective.setup.student, self.objective.setup.teacher):
-            most = side.spec.max_positions
-            if most is not None and length > most:
-                raise ValueError(
-                    f"input_ids have {length} tokens, but the {side.role} has {most} positions; "
-                    f"tokenize with truncation=True, max_length={most}"
-                )
-            if lowest < 0 or highest >= side.spec.vocab_size:
-                raise ValueError(
-                    f"input_ids run from {lowest} to {highest}, but the {side.role} embeds 0.."
-                    f"{side.spec.vocab_size - 1}; use the tokenizer of the models"
-                )
 
 
 def _logits(recording: Recording, side: Side) -> Tensor:
