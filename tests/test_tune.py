@@ -7,6 +7,7 @@ import torch
 
 from bertkd.bench import tune
 from bertkd.cli.main import main
+from bertkd.cli.tune import _change
 from bertkd.ops import triton as kernels
 from bertkd.ops.triton import config
 
@@ -62,6 +63,33 @@ def test_wrong_and_failing_candidates_are_out(pretended_gpu, monkeypatch):
     monkeypatch.setattr(kernels, "relation_kl_fwd_bwd", faulty, raising=False)
     (found,) = run([2.0, 0.1, 0.1])
     assert found.config == found.shipped
+
+
+def test_where_the_shipped_one_fails_the_best_of_the_others_is_stored(pretended_gpu, monkeypatch):
+    real = kernels.relation_kl_fwd_bwd
+
+    def failing(*sizes):
+        def run(*args):
+            if config.lookup("grad_rows", args[1], args[3])[:2] in sizes:
+                raise RuntimeError("out of shared memory")
+            return real(*args)
+
+        return run
+
+    monkeypatch.setattr(kernels, "relation_kl_fwd_bwd", failing((32, 32)), raising=False)
+    (found,) = run([2.0, 1.0])
+    assert found.config == config.Config(16, 16, 4, 1)
+    assert found.is_faster
+    assert json.loads(pretended_gpu.read_text()) == {"grad_rows/32/16": [16, 16, 4, 1]}
+    wrong = "(32, 32, 4, 1) wrong or does not run here -> (16, 16, 4, 1) 1.000 ms"
+    assert _change(found) == wrong
+
+    everything = failing((32, 32), (16, 32), (16, 16))
+    monkeypatch.setattr(kernels, "relation_kl_fwd_bwd", everything, raising=False)
+    said = []
+    found = tune.tune([torch.float32], [16], ["grad_rows"], device="cpu", say=said.append)
+    assert list(found) == []
+    assert said == ["grad_rows/32/16: no configuration runs on this GPU and agrees with float64"]
 
 
 def test_what_a_budget_leaves_out_is_named(pretended_gpu, monkeypatch):

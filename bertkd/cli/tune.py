@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bertkd.bench.tune import Found
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -81,10 +85,15 @@ def _run(config: Config) -> None:
         budget_minutes=config.budget_minutes,
     ):
         stored += found.is_faster
-        change = f"{tuple(found.shipped)} {found.shipped_milliseconds:.3f} ms -> "
-        change += f"{tuple(found.config)} {found.milliseconds:.3f} ms"
-        print(
-            f"{found.key:20s} {change if found.is_faster else 'the shipped one stays'}", flush=True
-        )
+        print(f"{found.key:20s} {_change(found)}", flush=True)
     where = tuned_file(torch.cuda.get_device_name())
     print(f"{stored} faster configurations stored in {where}" if stored else "nothing to store")
+
+
+def _change(found: Found) -> str:
+    if not found.is_faster:
+        return "the shipped one stays"
+    runs = math.isfinite(found.shipped_milliseconds)
+    shipped = f"{found.shipped_milliseconds:.3f} ms" if runs else "wrong or does not run here"
+    best = f"{tuple(found.config)} {found.milliseconds:.3f} ms"
+    return f"{tuple(found.shipped)} {shipped} -> {best}"
