@@ -81,25 +81,31 @@ inline void panel_columns(const float* rows, int64_t count, int64_t ld, int64_t 
     }
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Eight rows become eight columns, in registers.
-inline void transpose_block(const float* from, int64_t ld, float* to) {
-  Vec r[8], s[8];
-  for (int i = 0; i < 8; ++i) r[i] = load(from + i * ld);
+#if defined(__AVX2__)
+// Eight rows become eight columns, in registers; AVX-512 does so four times.
+inline void transpose_eight(const float* from, int64_t ld, float* to) {
+  __m256 r[8], s[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * ld);
   for (int i = 0; i < 4; ++i) {
     s[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
     s[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
   }
   for (int i = 0; i < 2; ++i)
     for (int j = 0; j < 2; ++j) {
-      const Vec low = s[4 * i + j], high = s[4 * i + j + 2];
+      const __m256 low = s[4 * i + j], high = s[4 * i + j + 2];
       r[4 * i + 2 * j] = _mm256_shuffle_ps(low, high, _MM_SHUFFLE(1, 0, 1, 0));
       r[4 * i + 2 * j + 1] = _mm256_shuffle_ps(low, high, _MM_SHUFFLE(3, 2, 3, 2));
     }
   for (int i = 0; i < 4; ++i) {
-    store(to + i * kPanel, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    store(to + (i + 4) * kPanel, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    _mm256_storeu_ps(to + i * kPanel, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * kPanel, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
+}
+
+inline void transpose_block(const float* from, int64_t ld, float* to) {
+  for (int d = 0; d < kLanes; d += 8)
+    for (int j = 0; j < kLanes; j += 8)
+      transpose_eight(from + j * ld + d, ld, to + d * kPanel + j);
 }
 #else
 inline void transpose_block(const float* from, int64_t ld, float* to) {
