@@ -204,6 +204,28 @@ def test_readme_block_comes_from_the_rows():
         readme.block([MAIN])
 
 
+def test_readme_shows_the_latest_of_a_kind_and_links_the_others():
+    def on(device, date, rows=ROWS):
+        return [replace(row, device=device, date=date) for row in rows]
+
+    gpu = [MAIN, *rows_of("triton", 0.5, 72.0)]
+    rows = [
+        *on("Old CPU, AVX2", "2026-01-01"),
+        *on("New CPU", "2026-02-01"),
+        *on("Older GPU", "2026-01-01", gpu),
+        *on("A GPU", "2026-01-02", gpu),
+    ]
+    text = readme.block(rows)
+    assert [line[:12] for line in text.splitlines() if line[:3] == "On "] == [
+        "On New CPU, ",
+        "On A GPU, 2 ",
+    ]
+    assert text.endswith(
+        "Measured too: [Old CPU, AVX2](benchmarks/results/old-cpu-avx2/summary.md), "
+        "[Older GPU](benchmarks/results/older-gpu/summary.md)."
+    )
+
+
 def test_readme_holds_the_committed_figures():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = readme.committed_rows(ROOT)

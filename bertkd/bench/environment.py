@@ -51,7 +51,12 @@ def device_name(device: torch.device) -> str:
 
 def slug(device: torch.device) -> str:
     """The device's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return slug_of(device_name(device))
+
+
+def slug_of(name: str) -> str:
+    """The folder of the results of a device of this name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def stamp(device: torch.device) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bertkd.bench.environment import slug_of
 from bertkd.bench.record import Row, read_rows
 from bertkd.bench.spec import OURS
 from bertkd.bench.summary import number
@@ -20,15 +21,31 @@ SDPA = ("sdpa", "native")  # who attends, in the table of the networks' own atte
 
 
 def block(rows: Sequence[Row]) -> str:
-    """The text between the markers.
+    """The text between the markers: the CPU and the GPU measured last, and where the others' figures are.
 
     Raises:
         ValueError: there is no speed-up among the rows.
     """
-    devices = list(dict.fromkeys(row.device for row in rows if row.metric == "speedup"))
-    if not devices:
+    devices: dict[str, list[Row]] = {}
+    for row in rows:
+        devices.setdefault(row.device, []).append(row)
+    measured = [own for own in devices.values() if any(r.metric == "speedup" for r in own)]
+    if not measured:
         raise ValueError("the results hold no speed-up; run `make bench` first.")
-    return "\n\n".join(_of_device([row for row in rows if row.device == name]) for name in devices)
+    measured.sort(key=lambda own: max(r.date for r in own), reverse=True)
+    parts, others = [], []
+    for kind in (True, False):
+        own = [device for device in measured if _is_cpu(device) is kind]
+        parts += [_of_device(device) for device in own[:1]]
+        others += [device[0].device for device in own[1:]]
+    if others:
+        links = (f"[{name}](benchmarks/results/{slug_of(name)}/summary.md)" for name in others)
+        parts.append("Measured too: " + ", ".join(links) + ".")
+    return "\n\n".join(parts)
+
+
+def _is_cpu(rows: Sequence[Row]) -> bool:
+    return any(r.impl == "native" and r.metric == "speedup" for r in rows)
 
 
 def _of_device(rows: Sequence[Row]) -> str:
