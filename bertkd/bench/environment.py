@@ -122,6 +122,8 @@ def commit() -> str:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # its metadata may leave out the build, such as +cu130
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

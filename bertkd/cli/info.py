@@ -31,6 +31,8 @@ def report() -> str:
 
 
 def _versions() -> list[str]:
+    import torch
+
     import bertkd
 
     found = {"bertkd": bertkd.__version__, "python": platform.python_version()}
@@ -39,6 +41,7 @@ def _versions() -> list[str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["torch"] = torch.__version__  # its metadata may leave out the build, such as +cu130
     return _aligned(found)
 
 
