@@ -145,7 +145,7 @@ class Distiller(nn.Module):
             )
         self.objective.redraw()
         needs = self.objective.needs()
-        check_batch(batch, self.objective)
+        check_batch(batch, needs, self.objective)
         teacher = self._record_teacher(batch, needs)
         student = self._record(
             self.student, batch, needs.student_blocks, needs.student_states, needs.student_logits

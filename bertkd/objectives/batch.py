@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertkd.objectives.base import Side
+from bertkd.objectives.base import Needs, Side
 from bertkd.objectives.build import Objective
 from bertkd.ops.checks import check_mask_dtype
 
@@ -16,15 +16,20 @@ from bertkd.ops.checks import check_mask_dtype
 _TENSORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "index")
 
 
-def check_batch(batch: Mapping[str, Any], objective: Objective) -> None:
+def check_batch(batch: Mapping[str, Any], needs: Needs, objective: Objective) -> None:
     """Refuse a batch that the models or the terms could not use, by the column's name.
+
+    Args:
+        batch: as for `Distiller.forward`: (B, L) integer ids, and a mask of their shape, bool or integer.
+        needs: what ``objective`` needs in this step.
+        objective: of the two models; knows their positions and vocabularies.
 
     Raises:
         TypeError: it is no mapping, a column no tensor, the ids no integers, or the mask one of floats.
         ValueError: a column is missing or empty, the text is longer than a model's positions, or an id
             beyond its vocabulary (told on CPUs only, outside compiled graphs).
     """
-    _check_columns(batch, objective)
+    _check_columns(batch, needs, objective)
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(
@@ -46,13 +51,12 @@ def check_batch(batch: Mapping[str, Any], objective: Objective) -> None:
         _check_fits(side, ids.shape[1], lowest, highest)
 
 
-def _check_columns(batch: Mapping[str, Any], objective: Objective) -> None:
+def _check_columns(batch: Mapping[str, Any], needs: Needs, objective: Objective) -> None:
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"batch must be a mapping such as what a tokenizer gives, got {type(batch).__name__}; "
             "call distiller({'input_ids': ..., 'attention_mask': ...})"
         )
-    needs = objective.needs()
     needed = {"input_ids": True, "labels": needs.labels, "index": needs.index}
     for column in needed:
         if needed[column] and batch.get(column) is None:
