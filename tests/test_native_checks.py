@@ -215,11 +215,10 @@ def test_exponential_stays_within_its_bound(isa):
 
 
 def test_instruction_set_can_be_chosen_and_a_wrong_one_is_refused():
-    before = native.isa()
     for isa in ISAS:
         with machine(isa):
             assert native.isa() == isa
-    assert native.isa() == before
+    assert native.isa() == os.environ.get("BERTKD_CPU_ISA", ISAS[0])
     with pytest.raises(ValueError, match=f"'mmx' is not one.*{ISAS[0]}"):
         kernels().select_cpu_isa("mmx")
 

@@ -291,6 +291,8 @@ def test_every_known_term_is_named_once():
         (lambda b: {k: v[:0] for k, v in b.items()}, ValueError, r"neither of them 0, got shape \(0, 12\)"),
         (lambda b: {**b, "input_ids": b["input_ids"].float()}, TypeError, "must be integers, got torch.float32"),
         (lambda b: {**b, "input_ids": b["input_ids"] + 200}, ValueError, r"input_ids run from .* embeds 0\.\.199"),
+        (lambda b: {**b, "input_ids": torch.full_like(b["input_ids"], 200)}, ValueError, "from 200 to 200, but"),
+        (lambda b: {**b, "input_ids": torch.full_like(b["input_ids"], -1)}, ValueError, "from -1 to -1, but"),
         (lambda b: {**b, "attention_mask": (1.0 - b["attention_mask"]) * -1e4}, TypeError, "additive one, mask == 0"),
     ],
 )  # fmt: skip
