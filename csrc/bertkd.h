@@ -88,7 +88,7 @@ struct SelfAttention {
 void self_attention(const SelfAttention& args);
 
 // sum over states k and rows i of w_i |student[k]_i - teacher[k]_i|^2; grad[k] gets 2 w_i (student
-// - teacher).
+// - teacher), unless grad is null.
 struct HiddenMse {
   int64_t states, rows;
   const Rows *student, *teacher, *grad;

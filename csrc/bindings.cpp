@@ -150,8 +150,9 @@ void self_attention_bwd(const Shape& shape, const HeadsTuple& grad_out, const He
 void hidden_mse(int64_t count, std::pair<int64_t, int64_t> row_weight,
                 const std::vector<RowsTuple>& student, const std::vector<RowsTuple>& teacher,
                 const std::vector<RowsTuple>& grad, int64_t loss, int threads) {
-  if (student.size() != teacher.size() || student.size() != grad.size())
-    throw std::invalid_argument("hidden_mse: h_s, h_t and grad must be lists of one length.");
+  if (student.size() != teacher.size() || (!grad.empty() && student.size() != grad.size()))
+    throw std::invalid_argument(
+        "hidden_mse: h_s and h_t must be lists of one length, and grad too or empty.");
   std::vector<bertkd::Rows> all;
   for (const auto* side : {&student, &teacher, &grad})
     for (const auto& x : *side) all.push_back(rows(x));
@@ -160,7 +161,7 @@ void hidden_mse(int64_t count, std::pair<int64_t, int64_t> row_weight,
                                   count,
                                   all.data(),
                                   all.data() + states,
-                                  all.data() + 2 * states,
+                                  grad.empty() ? nullptr : all.data() + 2 * states,
                                   pointer<const float>(row_weight.first),
                                   row_weight.second,
                                   pointer<float>(loss),
@@ -212,8 +213,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dropout"), py::arg("seed"), py::arg("out"), py::arg("stats"),
              py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads"),
              "The gradients of q, k and v from what self_attention_fwd wrote.");
-  module.def("hidden_mse_fwd_bwd", &hidden_mse, py::arg("count"), py::arg("row_weight"),
-             py::arg("h_s"), py::arg("h_t"), py::arg("grad"), py::arg("loss"), py::arg("threads"));
+  module.def("hidden_mse", &hidden_mse, py::arg("count"), py::arg("row_weight"), py::arg("h_s"),
+             py::arg("h_t"), py::arg("grad"), py::arg("loss"), py::arg("threads"),
+             "Weighted sum of the rows of all states, to fp32 at the address `loss`, and the "
+             "gradients of h_s; an empty list `grad` leaves them out.");
   module.def("softmax_kl_rows", &softmax_kl_rows, py::arg("count"), py::arg("z_s"), py::arg("z_t"),
              py::arg("temperature"), py::arg("rows"), py::arg("threads"));
   module.def("softmax_kl_fwd_bwd", &softmax_kl_fwd_bwd, py::arg("count"), py::arg("row_weight"),

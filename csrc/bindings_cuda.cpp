@@ -97,8 +97,9 @@ void attention_fwd_bwd(const Shape& shape, const WeightsTuple& row_weight, const
 void hidden_mse(int64_t count, const VectorTuple& row_weight, const std::vector<RowsTuple>& student,
                 const std::vector<RowsTuple>& teacher, const std::vector<RowsTuple>& grad,
                 uint64_t loss, const LaunchTuple& where) {
-  if (student.size() != teacher.size() || student.size() != grad.size())
-    throw std::invalid_argument("student, teacher and grad must be lists of one length");
+  if (student.size() != teacher.size() || (!grad.empty() && student.size() != grad.size()))
+    throw std::invalid_argument(
+        "student and teacher must be lists of one length, and grad too or empty");
   std::vector<bertkd::Rows> all;
   for (const auto* side : {&student, &teacher, &grad})
     for (const auto& x : *side) all.push_back(rows(x));
@@ -106,7 +107,7 @@ void hidden_mse(int64_t count, const VectorTuple& row_weight, const std::vector<
   bertkd::HiddenMse args = {};
   args.states = states, args.rows = count;
   args.student = all.data(), args.teacher = all.data() + states,
-  args.grad = all.data() + 2 * states;
+  args.grad = grad.empty() ? nullptr : all.data() + 2 * states;
   args.weights = pointer<const float>(std::get<0>(row_weight)),
   args.stride_w = std::get<1>(row_weight);
   args.loss = pointer<float>(loss);
@@ -151,7 +152,7 @@ void bind_cuda(py::module_& parent) {
   m.def("relation_kl_fwd_bwd", &attention_fwd_bwd<cuda::relation_kl>);
   m.def("self_relation_kl_rows", &attention_rows<cuda::self_relation_kl>);
   m.def("self_relation_kl_fwd_bwd", &attention_fwd_bwd<cuda::self_relation_kl>);
-  m.def("hidden_mse_fwd_bwd", &hidden_mse);
+  m.def("hidden_mse", &hidden_mse);
   m.def("softmax_kl_rows", &softmax_kl_rows);
   m.def("softmax_kl_fwd_bwd", &softmax_kl_fwd_bwd);
   m.def("relation_kl_workspace", &cuda::relation_kl_workspace);

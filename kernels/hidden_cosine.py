@@ -1,4 +1,4 @@
-"""hidden_cosine: w (1 - cos(x, y)) of every row and its gradient, x the student's state and y the teacher's.
+"""hidden_cosine: w (1 - cos(x, y)) of every row, x the student's state and y the teacher's, and its gradient if asked.
 
 The gradient is -w / (|x| |y|) (y - (x.y / |x|^2) x): the part of y across x. Written so, it is exactly 0 where the two
 rows are equal, whether or not the compiler contracts the product and the difference.
@@ -21,7 +21,7 @@ def _inner(x, y, cols, mask):
 def hidden_cosine_kernel(
     student,  # (N, d)
     teacher,  # (N, d)
-    grad,  # (N, d)
+    grad,  # (N, d), or None: the loss alone
     row_weight,  # (N,)
     partials,  # (programs,), fp32
     n_rows,
@@ -43,7 +43,6 @@ def hidden_cosine_kernel(
     w = weights_of(row_weight, stride_w, rows, n_rows)
     from_s = student + (rows * multiple(row_s, ALIGN))[:, None]
     from_t = teacher + (rows * multiple(row_t, ALIGN))[:, None]
-    to_g = grad + (rows * multiple(row_g, ALIGN))[:, None]
     exists = (rows < n_rows)[:, None]
     reads = exists & (w != 0.0)[:, None]
     lanes = tl.arange(0, COLS)[None, :]
@@ -63,15 +62,18 @@ def hidden_cosine_kernel(
     # Rounded roots and quotients: equal rows must have a cosine of exactly 1.
     norm = tl.sqrt_rn(tl.maximum(xx, eps) * tl.maximum(yy, eps))
     tl.store(partials + block, tl.sum(w * (1.0 - tl.div_rn(xy, norm)), 0))
-    # Below eps the norm is a constant, and only the inner product has a gradient.
-    along = tl.where(xx > eps, tl.div_rn(xy, tl.maximum(xx, eps)), 0.0)[:, None]
-    factor = tl.div_rn(-w, norm)[:, None]
-    kind = grad.dtype.element_ty
-    if WHOLE:
-        tl.store(to_g + lanes, (factor * (y - along * x)).to(kind), mask=exists & (lanes < width))
-    else:
-        for start in range(0, width, COLS):
-            cols = start + lanes
-            x, y = _inner(from_s, from_t, cols, reads & (cols < width))
+    if grad is not None:
+        # Below eps the norm is a constant, and only the inner product has a gradient.
+        along = tl.where(xx > eps, tl.div_rn(xy, tl.maximum(xx, eps)), 0.0)[:, None]
+        factor = tl.div_rn(-w, norm)[:, None]
+        to_g = grad + (rows * multiple(row_g, ALIGN))[:, None]
+        kind = grad.dtype.element_ty
+        if WHOLE:
             part = factor * (y - along * x)
-            tl.store(to_g + cols, part.to(kind), mask=exists & (cols < width))
+            tl.store(to_g + lanes, part.to(kind), mask=exists & (lanes < width))
+        else:
+            for start in range(0, width, COLS):
+                cols = start + lanes
+                x, y = _inner(from_s, from_t, cols, reads & (cols < width))
+                part = factor * (y - along * x)
+                tl.store(to_g + cols, part.to(kind), mask=exists & (cols < width))

@@ -1,4 +1,4 @@
-"""hidden_mse: w |h_s - h_t|^2 of every row of several states, and its gradient 2 w (h_s - h_t), in one visit."""
+"""hidden_mse: w |h_s - h_t|^2 of every row of several states and, if asked for, its gradient 2 w (h_s - h_t)."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from .rows import multiple, select, weights_of
 def hidden_mse_kernel(
     students,  # tuple of (N, d)
     teachers,  # tuple of (N, d)
-    grads,  # tuple of (N, d)
+    grads,  # tuple of (N, d), or None: the loss alone
     row_weight,  # (N,)
     partials,  # (states, programs), fp32
     n_rows,
@@ -30,7 +30,8 @@ def hidden_mse_kernel(
     w = weights_of(row_weight, stride_w, rows, n_rows)
     from_s = select(students, state) + (rows * multiple(row_s, ALIGN))[:, None]
     from_t = select(teachers, state) + (rows * multiple(row_t, ALIGN))[:, None]
-    to_g = select(grads, state) + (rows * multiple(row_g, ALIGN))[:, None]
+    if grads is not None:
+        to_g = select(grads, state) + (rows * multiple(row_g, ALIGN))[:, None]
     squares = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
         cols = (start + tl.arange(0, COLS))[None, :]
@@ -40,7 +41,8 @@ def hidden_mse_kernel(
         t = tl.load(from_t + cols, mask=reads, other=0.0).to(tl.float32)
         residual = s - t
         squares += residual * residual
-        grad = (2.0 * w)[:, None] * residual
-        tl.store(to_g + cols, grad.to(grads[0].dtype.element_ty), mask=exists)
+        if grads is not None:
+            grad = (2.0 * w)[:, None] * residual
+            tl.store(to_g + cols, grad.to(grads[0].dtype.element_ty), mask=exists)
     loss = tl.sum(tl.sum(squares, 1) * w, 0)
     tl.store(partials + state * tl.num_programs(0) + block, loss)

@@ -16,7 +16,7 @@ def hidden_proj_mse_kernel(
     weight,  # (targets * m, inputs * k)
     bias,  # (targets * m,) or None
     targets,  # tuple of Y (N, m)
-    outputs,  # tuple of G (N, m)
+    outputs,  # tuple of G (N, m), or None: the loss alone
     row_weight,  # (N,)
     losses,  # (programs,), fp32
     bias_sums,  # (row blocks, targets * m), fp32, or None
@@ -82,9 +82,10 @@ def hidden_proj_mse_kernel(
     y = tl.load(from_y, mask=reads & inside, other=0.0).to(tl.float32)
     residual = tl.where(reads & inside, acc - y, 0.0)
     weighted = (2.0 * w)[:, None] * residual
-    to_g = select(outputs, target) + (rows * multiple(row_g, ALIGN))[:, None] + cols[None, :]
-    exists = (rows < n_rows)[:, None] & inside
-    tl.store(to_g, (SIGN * weighted).to(outputs[0].dtype.element_ty), mask=exists)
+    if outputs is not None:
+        to_g = select(outputs, target) + (rows * multiple(row_g, ALIGN))[:, None] + cols[None, :]
+        exists = (rows < n_rows)[:, None] & inside
+        tl.store(to_g, (SIGN * weighted).to(outputs[0].dtype.element_ty), mask=exists)
     # Over all at once: Triton 3.6 cannot compile one sum after the other for sm_100.
     tl.store(losses + tl.program_id(0), 0.5 * tl.sum(weighted * residual))
     if bias_sums is not None:

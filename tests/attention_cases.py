@@ -40,6 +40,12 @@ def value_and_grads(loss, student, *args, **options):
     return [value.detach(), *torch.autograd.grad((value * weights).sum(), student)]
 
 
+def value_alone(loss, inputs, **options):
+    """What ``value_and_grads`` gives first, where no gradient is wanted."""
+    with torch.no_grad():
+        return loss(*inputs, **options)
+
+
 def exact(loss, student, *args, **options):
     """Eager results in float64, each with how far (a norm) it moves if every input moves by 2^-19 of itself.
 

@@ -136,6 +136,7 @@ def check_hidden(states, rows, width, dtypes, *, device="cpu", offset=0, gap=0):
     for x in (*sides[0], *sides[1]):
         x.masked_fill_(pads, float("nan"))
     loss, grads = cuda.hidden_mse_fwd_bwd(weight, *sides)
+    alone = cuda.hidden_mse_sum(weight, *sides)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for k in range(states):
         x, y = (side[k].double().masked_fill(pads, 0.0) for side in sides)
@@ -144,4 +145,5 @@ def check_hidden(states, rows, width, dtypes, *, device="cpu", offset=0, gap=0):
         assert grads[k].dtype == dtypes[0]
         tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtypes[0]]
         torch.testing.assert_close(grads[k].double(), want, rtol=tolerance, atol=1e-6)
-    torch.testing.assert_close(loss.double(), total, rtol=1e-5, atol=1e-6)
+    for value in (loss, alone):
+        torch.testing.assert_close(value.double(), total, rtol=1e-5, atol=1e-6)

@@ -317,13 +317,14 @@ void states(Source& from) {
   }
   std::vector<float> loss(1);
   args.states = from.rarely() ? -1 - from.byte() : count;
-  args.student = student.data(), args.teacher = teacher.data(), args.grad = grad.data();
+  args.student = student.data(), args.teacher = teacher.data();
+  args.grad = from.rarely() ? nullptr : grad.data();
   args.weights = weights_of(from, memory, args.rows, &args.stride_w);
   args.loss = from.rarely() ? nullptr : loss.data();
   bool is_wrong = args.states < 0;
   for (size_t k = 0; args.rows > 0 && args.states >= 0 && k < student.size(); ++k)
     is_wrong |= wrong(args.rows, student[k], nullptr) || wrong(args.rows, teacher[k], nullptr) ||
-                wrong(args.rows, grad[k], &student[k]);
+                (args.grad && wrong(args.rows, grad[k], &student[k]));
   exercise(args, memory, is_wrong, bertkd::check_hidden_mse, bertkd::hidden_mse);
 }
 

@@ -296,6 +296,8 @@ void run_rows(int64_t rows, int64_t width, DType dtype_s, DType dtype_t, int thr
   const bertkd::Rows grads[] = {grad.rows(), second.rows()};
   bertkd::hidden_mse({2, rows, student, teacher, grads, weights.data(), 1, &state_loss, threads});
   expect("state loss", state_loss, 2 * squares, squares);
+  bertkd::hidden_mse({2, rows, student, teacher, nullptr, weights.data(), 1, &state_loss, threads});
+  expect("state loss alone", state_loss, 2 * squares, squares);
   if (dtype_s != DType::kFloat32) return;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < width; ++j)

@@ -98,6 +98,43 @@ def test_a_wrong_kernel_is_kept_away_with_a_warning(op, fault, fast):
         assert verify.disagreement(op, "fast", tensors) == problem
 
 
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_the_form_without_gradients_has_a_check_of_its_own(op, fast):
+    form = verify.value_form(op)
+    right = getattr(chunked, f"{op}_{form}")
+    setattr(fast, f"{op}_{form}", lambda *args: right(*args) * 1.001)
+    dims = 4 if "relation" in op or op == "attention_mse" else 2
+    tensors = [torch.randn([2] * (dims - 1) + [8]) for _ in range(OPS[op])]
+    assert verify.disagreement(op, "fast", tensors) is None
+    with pytest.warns(RuntimeWarning, match=f"does not use impl='fast' for {op}"):
+        assert "off by" in verify.disagreement(op, "fast", tensors, form)
+
+
+def test_no_gradient_is_made_where_nobody_wants_one(monkeypatch):
+    def wrong(*_):
+        raise AssertionError("gradients were computed")
+
+    for op in OPS:
+        monkeypatch.setattr(chunked, f"{op}_fwd_bwd", wrong)
+    monkeypatch.setenv("BERTKD_IMPL", "chunked")
+    (h_s, h_t), weight = torch.randn(2, 5, 6), torch.randn(6, 6).requires_grad_()
+    z = torch.randn(1, 2, 5, 4)
+
+    def losses():
+        yield functional.hidden_mse(h_s, h_t)
+        yield functional.hidden_mse(h_s, h_t, weight=weight)
+        yield functional.hidden_combine_mse([h_s], [h_t], weight)
+        yield functional.hidden_cosine(h_s, h_t)
+        yield functional.softmax_kl(h_s, h_t)
+        yield functional.linear_kl(h_s, weight, h_t, weight)
+        yield functional.relation_kl(z, z, z, z)
+        yield functional.relation_kl(z, z.clone(), z, z)
+        yield functional.attention_mse(z, z, z, z)
+
+    with torch.no_grad():
+        assert all(torch.isfinite(loss) for loss in losses())
+
+
 def test_the_self_relation_is_its_general_form_with_both_gradients_added():
     (x_s, _), (x_t, _) = qkv(2, 3, 40, 8, seed=0), qkv(2, 3, 40, 8, seed=1)
     for reduction in ("mean", "none"):

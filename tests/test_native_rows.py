@@ -77,6 +77,8 @@ def test_hidden_mse_equals_reference(isa, threads, states, rows, width, dtypes, 
     expected = [loss.detach(), *torch.autograd.grad(loss, double[0])]
     with machine(isa, threads):
         value, grads = native.hidden_mse_fwd_bwd(weight, *map(list, sides))
+        alone = native.hidden_mse_sum(weight, *map(list, sides))
+    assert torch.equal(alone, value)
     # The terms may cancel, so the error is relative to their sum of sizes.
     size = sum((s - t).square().sum() for s, t in zip(*double, strict=True)).item()
     assert abs(value.item() - expected[0].item()) <= 1e-6 * size
@@ -229,3 +231,4 @@ def test_no_rows_and_no_states():
         native.hidden_mse_fwd_bwd(torch.empty(0), [torch.empty(0, 5)], [torch.empty(0, 5)])[0] == 0
     )
     assert native.hidden_mse_fwd_bwd(torch.ones(3), [], []) == (torch.zeros(()), [])
+    assert native.hidden_mse_sum(torch.ones(3), [], []) == 0

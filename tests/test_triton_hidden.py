@@ -253,9 +253,10 @@ BROKEN = {
     "gradient without its factor": (*STATES, "(2.0 * w)", "w"),
     "loss without weights": (*STATES, "tl.sum(squares, 1) * w", "tl.sum(squares, 1)"),
     "first state for all": (*STATES, "select(students, state)", "students[0]"),
-    "gradient along the state": (*COSINE, "(factor * (y - along * x))", "(factor * y)"),
+    "gradient along the state": (*COSINE, "tl.where(xx > eps", "tl.where(xx < 0.0"),
     "last of the depth left out": (*PROJECTION, "< k_width - k", "< k_width - k - 1"),
     "bias left out": (*PROJECTION, "if bias is not None", "if False"),
+    "loss alone without its bias": (*PROJECTION, "if bias is not None", "if outputs is not None"),
     "bias gradient of pads": (*PROJECTION, "tl.sum(weighted, 0)", "tl.sum(residual, 0)"),
 }
 

@@ -51,6 +51,27 @@ def test_a_class_that_only_the_student_rules_out_is_not_overlooked(impl):
     assert functional.softmax_kl(z_s, z_t, impl=impl).isnan()
 
 
+ROWS = [functional.softmax_kl, functional.hidden_mse, functional.hidden_cosine]
+
+
+@pytest.mark.parametrize("loss", ROWS, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("impl", ["auto", *IMPLS[1:], "triton"])
+def test_rows_that_do_not_count_may_hold_nan(loss, impl):
+    if impl == "native" and native.refusal(loss.__name__, []):
+        pytest.skip(native.refusal(loss.__name__, []))
+    if impl == "triton":
+        pytest.importorskip("triton")
+    x, y, mask = logits(0), logits(1), torch.tensor([1, 1, 0, 1, 0])
+    value, grad = value_and_grads(loss, [x.double()], y.double(), mask, impl="eager")
+    x[mask == 0] = float("nan")
+    y[mask == 0] = float("inf")
+    actual = value_and_grads(loss, [x], y, mask, impl=impl)
+    with torch.no_grad():
+        actual.append(loss(x, y, mask, impl=impl))
+    for got, want in zip(actual, (value, grad, value), strict=True):
+        torch.testing.assert_close(got, want.float())
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_rows_that_do_not_count_may_hold_nan_in_evaluation_too(reduction):
     z_s, z_t, mask = logits(0), logits(1), torch.tensor([1, 1, 0, 1, 0])

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from attention_cases import value_and_grads
+from attention_cases import value_alone, value_and_grads
 from oracle import relative
 
 # The interpreter cuts bfloat16 off where a GPU rounds it.
@@ -22,7 +22,7 @@ def weights(*shape, seed):
 
 
 def check(loss, student, *teacher, **options):
-    """Value and gradients: at most twice the error of eager in the same dtype, plus a tolerance.
+    """Value and gradients, and the value alone: at most twice eager's error in the same dtype, plus a tolerance.
 
     Args:
         loss: a function of ``bertkd.functional``'s form, over tensors alone.
@@ -37,6 +37,10 @@ def check(loss, student, *teacher, **options):
     same = value_and_grads(loss, student, *teacher, impl="eager", **options)
     actual = value_and_grads(loss, student, *teacher, impl="triton", **options)
     tolerance = max(TOLERANCE[x.dtype] for x in inputs)
+    # Where nobody wants a gradient other kernels run, or others of their branches.
+    for results in (actual, same, exact):
+        results.append(results[0])
+    actual[-1] = value_alone(loss, inputs, impl="triton", **options)
     for got, eager, want in zip(actual, same, exact, strict=True):
         assert got.dtype == eager.dtype
         assert got.shape == eager.shape

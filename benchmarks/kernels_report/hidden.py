@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from harness import Case
@@ -36,11 +37,33 @@ def cases() -> list[Case]:
             made += [_proj(arch, dtype, d, 16384) for d in (308, 312, 768) if dtype != "fp32"]
         made += [_mse(arch, "bf16", "fp32", 768), _cosine(arch, "bf16", "fp32", 768)]
         made += [_combine(arch, "bf16"), _mixed_proj(arch), _tf32_proj(arch)]
+        made += [_alone(case) for case in made if case.arch == arch and case.width == 768]
     for arch in OTHER_ARCHES:
         made += [_mse(arch, "bf16", "bf16", 768), _cosine(arch, "bf16", "bf16", 768)]
         made += [_proj(arch, dtype, 768, 16384) for dtype in ("bf16", "fp32")]
         made += [_combine(arch, "bf16")]
     return made
+
+
+# Argument of each kernel that is None where the value alone is wanted, and those that go with it.
+WRITTEN = {
+    "hidden_mse": ("grads", "row_g"),
+    "hidden_cosine": ("grad", "row_g"),
+    "hidden_proj_mse": ("outputs", "bias_sums", "row_g"),
+    "hidden_combine_mse": ("outputs", "bias_sums", "row_g"),
+}
+
+
+def _alone(case: Case) -> Case:
+    """The case without gradients, as it runs in evaluation; it must not take more than with them."""
+    absent = WRITTEN[case.op]
+    return replace(
+        case,
+        form=f"{case.form} value",
+        signature={name: kind for name, kind in case.signature.items() if name not in absent},
+        constants={**case.constants, **{name: 0 if name == "row_g" else None for name in absent}},
+        divisible=tuple(name for name in case.divisible if name not in absent),
+    )
 
 
 def _mse(arch: int, student: str, teacher: str, width: int) -> Case:

@@ -214,7 +214,7 @@ def _sum_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:
         with torch.no_grad():
             if f"{op}_rows" in OPS:
                 return weighted(_rows(op, impl, flat, row_weight), row_weight).sum()
-            return OPS[f"{op}_fwd_bwd"](row_weight, *_pack(flat, groups), impl)[0]
+            return OPS[f"{op}_sum"](row_weight, *_pack(flat, groups), impl)
     return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)
 
 

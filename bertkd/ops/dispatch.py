@@ -77,13 +77,14 @@ def requested(impl: str = "auto", eager_only: str | None = None) -> str:
     return impl
 
 
-def resolve(op: str, impl: str, tensors: Sequence[Tensor]) -> Choice:
+def resolve(op: str, impl: str, tensors: Sequence[Tensor], form: str = "fwd_bwd") -> Choice:
     """Decide what runs ``op`` on these tensors.
 
     Args:
         op: stem of the op, e.g. ``"relation_kl"``.
         impl: what ``requested`` gave.
         tensors: the op's floating-point tensors in order; the first one's device decides for "auto".
+        form: which of the op's forms is to run; each has kernels of its own to be checked.
 
     Raises:
         ValueError: for an ``impl`` asked for by name that cannot run here or not on these tensors.
@@ -103,7 +104,7 @@ def resolve(op: str, impl: str, tensors: Sequence[Tensor]) -> Choice:
         return Choice("chunked", f"the portable default on {device}")
     reason = unavailable(preferred) or implementation(preferred).refusal(op, tensors)
     if reason is None and preferred == "triton":
-        reason = _unproven(op, tensors)
+        reason = _unproven(op, tensors, form)
     if reason is None:
         return Choice(preferred, f"the fastest on {device}")
     if device == "cuda" and not any(x.dtype == torch.float64 for x in tensors):
@@ -111,13 +112,13 @@ def resolve(op: str, impl: str, tensors: Sequence[Tensor]) -> Choice:
     return Choice("chunked", f"the portable default; {preferred} is out: {reason}")
 
 
-def _unproven(op: str, tensors: Sequence[Tensor]) -> str | None:
+def _unproven(op: str, tensors: Sequence[Tensor], form: str) -> str | None:
     """Why a Triton kernel may not run unasked on this GPU: unmeasured there, and not yet seen to be right."""
     if torch.cuda.get_device_name(tensors[0].device) in PROVEN_GPUS:
         return None
     from bertkd.ops.verify import disagreement
 
-    return disagreement(op, "triton", tensors)
+    return disagreement(op, "triton", tensors, form)
 
 
 def warn_once(message: str) -> None:

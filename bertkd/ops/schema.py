@@ -3,7 +3,8 @@
 An op comes in two forms. ``<op>_rows`` gives the loss of every row. ``<op>_fwd_bwd`` gives the weighted sum of the
 rows and its gradient with respect to the student's tensors in one visit: a loss is a scalar and its gradient is
 linear in the upstream gradient, so nothing has to be computed twice. The backward of the row form is the second form
-with the upstream gradient as weights. The hidden-state losses have no row form: a row needs no tiles there.
+with the upstream gradient as weights. The hidden-state losses have no row form, as a row needs no tiles there; where
+nobody wants a gradient ``<op>_sum`` gives the weighted sum alone.
 
 All ops are functional (nothing is mutated, no output aliases an input) and opaque to ``torch.compile``. ``impl`` says
 which code runs; where it says "auto", ``dispatch`` decides inside the op, where the tensors are real.
@@ -28,6 +29,8 @@ _SELF = "Tensor x_s, Tensor x_t, Tensor? mask, float scale_s, float scale_t"
 _LINEAR = "Tensor h_s, Tensor w_s, Tensor? bias_s, Tensor h_t, Tensor w_t, Tensor? bias_t, float temperature"
 _COMBINE = "Tensor[] h_s, Tensor weight, Tensor? bias, Tensor[] h_t"
 
+_PROJ = "Tensor h_s, Tensor weight, Tensor? bias, Tensor h_t"
+
 # row_weight: (B, H, L) for the attention ops, (N,) for the others, in the dtype of the sums.
 SCHEMAS = {
     "relation_kl_rows": f"({_AB}, str impl) -> Tensor",
@@ -37,14 +40,17 @@ SCHEMAS = {
     "attention_mse_rows": f"({_QK}, str impl) -> Tensor",
     "attention_mse_fwd_bwd": f"(Tensor row_weight, {_QK}, str impl) -> (Tensor, Tensor, Tensor)",
     "hidden_mse_fwd_bwd": "(Tensor row_weight, Tensor[] h_s, Tensor[] h_t, str impl) -> (Tensor, Tensor[])",
+    "hidden_mse_sum": "(Tensor row_weight, Tensor[] h_s, Tensor[] h_t, str impl) -> Tensor",
     "hidden_proj_mse_fwd_bwd": (
-        "(Tensor row_weight, Tensor h_s, Tensor weight, Tensor? bias, Tensor h_t, str impl)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
+        f"(Tensor row_weight, {_PROJ}, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    "hidden_proj_mse_sum": f"(Tensor row_weight, {_PROJ}, str impl) -> Tensor",
     "hidden_combine_mse_fwd_bwd": (
         f"(Tensor row_weight, {_COMBINE}, str impl) -> (Tensor, Tensor[], Tensor, Tensor)"
     ),
+    "hidden_combine_mse_sum": f"(Tensor row_weight, {_COMBINE}, str impl) -> Tensor",
     "hidden_cosine_fwd_bwd": "(Tensor row_weight, Tensor h_s, Tensor h_t, str impl) -> (Tensor, Tensor)",
+    "hidden_cosine_sum": "(Tensor row_weight, Tensor h_s, Tensor h_t, str impl) -> Tensor",
     "softmax_kl_rows": "(Tensor z_s, Tensor z_t, float temperature, str impl) -> Tensor",
     "softmax_kl_fwd_bwd": (
         "(Tensor row_weight, Tensor z_s, Tensor z_t, float temperature, str impl) -> (Tensor, Tensor)"
@@ -55,6 +61,8 @@ SCHEMAS = {
     ),
 }
 
+
+FORMS = ("rows", "sum", "fwd_bwd")
 
 # Ops whose rows are projected first: their row form takes the weights too, and makes 0 of rows that weigh nothing.
 LEAVES_ROWS_OUT = ("linear_kl",)
@@ -102,6 +110,10 @@ def _fake_hidden_combine_mse(row_weight, h_s, weight, bias, h_t, impl):
     return _loss(*h_s, weight, *h_t), grads, _grad(weight, weight), _grad(bias, weight)
 
 
+def _fake_sum(row_weight, *inputs):
+    return _loss(row_weight, *float_tensors(inputs))
+
+
 def _fake_softmax_rows(z_s, z_t, temperature, impl):
     return _rows(z_s, z_t)
 
@@ -126,9 +138,13 @@ FAKES: dict[str, Callable[..., Any]] = {
     "attention_mse_rows": _fake_relation_rows,
     "attention_mse_fwd_bwd": _fake_relation_fwd_bwd,
     "hidden_mse_fwd_bwd": _fake_hidden_mse,
+    "hidden_mse_sum": _fake_sum,
     "hidden_proj_mse_fwd_bwd": _fake_hidden_proj_mse,
+    "hidden_proj_mse_sum": _fake_sum,
     "hidden_combine_mse_fwd_bwd": _fake_hidden_combine_mse,
+    "hidden_combine_mse_sum": _fake_sum,
     "hidden_cosine_fwd_bwd": lambda w, h_s, h_t, impl: (_loss(h_s, h_t), _grad(h_s, h_s)),
+    "hidden_cosine_sum": _fake_sum,
     "softmax_kl_rows": _fake_softmax_rows,
     "softmax_kl_fwd_bwd": _fake_softmax_fwd_bwd,
     "linear_kl_rows": _fake_linear_rows,
@@ -138,16 +154,15 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 def _kernel(name: str):
     """The registered function of an op: hands on to the module of the implementation that ``impl`` stands for."""
-    is_weighted = name.endswith("_fwd_bwd")
-    stem = name.removesuffix("_fwd_bwd").removesuffix("_rows")
+    stem, form = next((name.removesuffix(f"_{f}"), f) for f in FORMS if name.endswith(f"_{f}"))
 
     def run(*args):
         *inputs, impl = args
         row_weight = None
-        if stem in LEAVES_ROWS_OUT and not is_weighted:
+        if stem in LEAVES_ROWS_OUT and form == "rows":
             *inputs, row_weight = inputs
-        tensors = float_tensors(inputs[is_weighted:])
-        choice = resolve(stem, impl, tensors)
+        tensors = float_tensors(inputs if form == "rows" else inputs[1:])
+        choice = resolve(stem, impl, tensors, form)
         function = getattr(implementation(choice.impl), name)
         if row_weight is not None:
             function = partial(_counted_rows, function, row_weight)

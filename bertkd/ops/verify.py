@@ -124,21 +124,26 @@ def random_case(
     raise ValueError(f"there is no random case for op {op!r}")
 
 
-def compare(op: str, impl: str, case: Sequence[Any], mode: str = "fwd_bwd") -> Comparison:
-    """Run ``<op>_<mode>`` of ``impl`` and of chunked on a case, and chunked in float64 as the truth.
+def value_form(op: str) -> str:
+    """The form of an op that gives its value without gradients."""
+    return "sum" if op.startswith("hidden") else "rows"
+
+
+def compare(op: str, impl: str, case: Sequence[Any], form: str = "fwd_bwd") -> Comparison:
+    """Run ``<op>_<form>`` of ``impl`` and of chunked on a case, and chunked in float64 as the truth.
 
     Args:
         op: stem of the op.
         impl: implementation to judge.
         case: what ``random_case`` gives.
-        mode: "fwd_bwd", or "rows" for ops that have it.
+        form: "fwd_bwd", or the op's ``value_form``.
 
     Returns:
         The largest relative error over the value and every gradient (norm of the error over the norm of
         what is right), and what is allowed.
     """
-    name = f"{op}_{mode}"
-    case = case[1:] if mode == "rows" else case
+    name = f"{op}_{form}"
+    case = case[1:] if form == "rows" else case
     doubled = [_double(arg) for arg in case]
     truth = _results(getattr(implementation("chunked"), name)(*doubled))
     portable = _results(getattr(implementation("chunked"), name)(*case))
@@ -148,15 +153,17 @@ def compare(op: str, impl: str, case: Sequence[Any], mode: str = "fwd_bwd") -> C
     return Comparison(op, impl, error, portable_error, 2 * portable_error + tolerance)
 
 
-def disagreement(op: str, impl: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why ``impl`` may not be trusted with tensors like these, or None; checked once per process and kind.
+def disagreement(
+    op: str, impl: str, tensors: Sequence[Tensor], form: str = "fwd_bwd"
+) -> str | None:
+    """Why a form of ``impl`` may not be trusted with tensors like these, or None; checked once per process and kind.
 
     Nothing is checked while a CUDA graph is being captured: that would be recorded.
     """
     device = tensors[0].device
     unbiased = [x for x in tensors if x.dim() > 1]
     sizes = _small_sizes(op, unbiased)
-    kind = (op, impl, device, tuple(x.dtype for x in unbiased), sizes)
+    kind = (op, form, impl, device, tuple(x.dtype for x in unbiased), sizes)
     if kind not in _verdicts:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return f"{impl} has not been checked yet and cannot be inside a graph capture; warm up first"
@@ -180,11 +187,16 @@ def _small_sizes(op: str, tensors: Sequence[Tensor]) -> Sizes:
 
 
 def _verdict(
-    op: str, impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes
+    op: str,
+    form: str,
+    impl: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    sizes: Sizes,
 ) -> str | None:
     try:
         with torch.no_grad():
-            result = compare(op, impl, random_case(op, dtypes, sizes, device))
+            result = compare(op, impl, random_case(op, dtypes, sizes, device), form)
     except Exception as error:
         # Whatever a compiler or driver raises, the portable code still works.
         problem = f"its check raised {type(error).__name__}: {error}"

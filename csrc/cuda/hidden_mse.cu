@@ -1,5 +1,5 @@
-// sum_k sum_i w_i |student_k_i - teacher_k_i|^2 and its gradient, all states in one launch,
-// everything read once.
+// sum_k sum_i w_i |student_k_i - teacher_k_i|^2 and, where asked for, its gradient: all states in
+// one launch, everything read once.
 #include <algorithm>
 
 #include "chunk.cuh"
@@ -28,13 +28,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* of_warp = reinterpret_cast<float*>(memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, state = blockIdx.y;
   const Rows &student = p.student[state], &teacher = p.teacher[state], &gradient = p.grad[state];
+  const bool keeps_gradient = gradient.data != nullptr;
   const int64_t width = student.width;
   float sum = 0.0f;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp; row < p.rows;
        row += static_cast<int64_t>(gridDim.x) * kWarps) {
     const float weight = p.weights[row * p.stride_w];
     const Row s = row_of(student, row), t = row_of(teacher, row), grad = row_of(gradient, row);
-    const int lead = lead_of(grad);
+    const int lead = lead_of(keeps_gradient ? grad : s);
     const bool vectors = fits_lead(s, lead) && fits_lead(t, lead);
     float of_row = 0.0f;
     for (int64_t chunk = lane; chunk * kChunk < width + lead; chunk += 32) {
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
       // A pad row is not read, its gradient is 0.
-      store_chunk(grad, span, vectors, x);
+      if (keeps_gradient) store_chunk(grad, span, vectors, x);
     }
     sum += weight * of_row;
   }
@@ -86,9 +87,10 @@ void hidden_mse(const HiddenMse& args, const Launch& launch) {
     for (int64_t k = 0; k < count && args.rows > 0; ++k) {
       p.student[k] = args.student[first + k];
       p.teacher[k] = args.teacher[first + k];
-      p.grad[k] = args.grad[first + k];
       require_rows("student", p.student[k], p.student[k].width);
       require_rows("teacher", p.teacher[k], p.student[k].width);
+      if (args.grad == nullptr) continue;
+      p.grad[k] = args.grad[first + k];
       require_rows("grad", p.grad[k], p.student[k].width);
     }
     p.weights = args.weights;

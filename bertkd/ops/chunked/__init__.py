@@ -3,9 +3,13 @@
 from bertkd.ops.chunked.attention_mse import attention_mse_fwd_bwd, attention_mse_rows
 from bertkd.ops.chunked.hidden import (
     hidden_combine_mse_fwd_bwd,
+    hidden_combine_mse_sum,
     hidden_cosine_fwd_bwd,
+    hidden_cosine_sum,
     hidden_mse_fwd_bwd,
+    hidden_mse_sum,
     hidden_proj_mse_fwd_bwd,
+    hidden_proj_mse_sum,
 )
 from bertkd.ops.chunked.linear_kl import linear_kl_fwd_bwd, linear_kl_rows
 from bertkd.ops.chunked.relation_kl import (
@@ -20,9 +24,13 @@ __all__ = [
     "attention_mse_fwd_bwd",
     "attention_mse_rows",
     "hidden_combine_mse_fwd_bwd",
+    "hidden_combine_mse_sum",
     "hidden_cosine_fwd_bwd",
+    "hidden_cosine_sum",
     "hidden_mse_fwd_bwd",
+    "hidden_mse_sum",
     "hidden_proj_mse_fwd_bwd",
+    "hidden_proj_mse_sum",
     "linear_kl_fwd_bwd",
     "linear_kl_rows",
     "relation_kl_fwd_bwd",

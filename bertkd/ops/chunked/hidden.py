@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bertkd.ops.chunked.softmax_kl import row_blocks
-from bertkd.reference import compute_dtype
+from bertkd.ops.rows import weighted
+from bertkd.reference import compute_dtype, hidden_cosine_rows, hidden_mse_rows
 
 
 def hidden_mse_fwd_bwd(
@@ -21,12 +23,33 @@ def hidden_mse_fwd_bwd(
     for student, teacher in zip(h_s, h_t, strict=True):
         grad = torch.empty_like(student)
         for block in row_blocks(student.shape[0], student.shape[1], student.device):
+            weight = row_weight[block].to(dtype).unsqueeze(-1)
             residual = student[block].to(dtype) - teacher[block].to(dtype)
-            weighted = residual * row_weight[block].to(dtype).unsqueeze(-1)
-            loss += torch.dot(residual.flatten(), weighted.flatten())
-            grad[block] = weighted.mul_(2)
+            residual.masked_fill_(weight == 0, 0.0)
+            scaled = residual * weight
+            loss += torch.dot(residual.flatten(), scaled.flatten())
+            grad[block] = scaled.mul_(2)
         grads.append(grad)
     return loss, grads
+
+
+def hidden_mse_sum(row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]) -> Tensor:
+    """The same sum alone."""
+    loss = row_weight.new_zeros(())
+    for student, teacher in zip(h_s, h_t, strict=True):
+        loss += _sum(row_weight, student.shape[1], hidden_mse_rows, student, teacher)
+    return loss
+
+
+def _sum(
+    row_weight: Tensor, width: int, definition: Callable[..., Tensor], *states: Tensor
+) -> Tensor:
+    """The weighted sum of a definition's rows, block by block, with temporaries of ``width`` columns."""
+    loss = row_weight.new_zeros(())
+    for block in row_blocks(row_weight.shape[0], width, row_weight.device):
+        rows = definition(*(x[block] for x in states))
+        loss += weighted(rows, row_weight[block]).sum()
+    return loss
 
 
 def hidden_proj_mse_fwd_bwd(
@@ -44,15 +67,23 @@ def hidden_proj_mse_fwd_bwd(
         residual = (hidden @ w.T).sub_(h_t[block].to(dtype))
         if bias is not None:
             residual += bias.to(dtype)
-        weighted = residual * row_weight[block].to(dtype).unsqueeze(-1)
-        loss += torch.dot(residual.flatten(), weighted.flatten())
-        weighted.mul_(2)
-        grad_h[block] = (weighted @ w).to(h_s.dtype)
-        grad_w.addmm_(weighted.T, hidden)
+        scaled = residual * row_weight[block].to(dtype).unsqueeze(-1)
+        loss += torch.dot(residual.flatten(), scaled.flatten())
+        scaled.mul_(2)
+        grad_h[block] = (scaled @ w).to(h_s.dtype)
+        grad_w.addmm_(scaled.T, hidden)
         if bias is not None:
-            grad_b += weighted.sum(0)
+            grad_b += scaled.sum(0)
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return loss, grad_h, grad_w.to(weight.dtype), grad_b.to(bias_dtype)
+
+
+def hidden_proj_mse_sum(
+    row_weight: Tensor, h_s: Tensor, weight: Tensor, bias: Tensor | None, h_t: Tensor
+) -> Tensor:
+    """The same sum alone: one product instead of three."""
+    rows = partial(hidden_mse_rows, weight=weight, bias=bias)
+    return _sum(row_weight, max(weight.shape), rows, h_s, h_t)
 
 
 def hidden_combine_mse_fwd_bwd(
@@ -85,17 +116,34 @@ def hidden_combine_mse_fwd_bwd(
         residuals = torch.split(target, widths, 1)
         for student, residual in zip(h_s, residuals, strict=True):
             residual.neg_().add_(student[block].to(dtype))
-        weighted = target * row_weight[block].to(dtype).unsqueeze(-1)
-        loss += torch.dot(target.flatten(), weighted.flatten())
-        weighted.mul_(2)
-        for grad, piece in zip(grads, torch.split(weighted, widths, 1), strict=True):
+        scaled = target * row_weight[block].to(dtype).unsqueeze(-1)
+        loss += torch.dot(target.flatten(), scaled.flatten())
+        scaled.mul_(2)
+        for grad, piece in zip(grads, torch.split(scaled, widths, 1), strict=True):
             grad[block] = piece.to(grad.dtype)
         for grad, teacher in zip(grad_slices, teachers, strict=True):
-            grad.addmm_(weighted.T, teacher, alpha=-1)
+            grad.addmm_(scaled.T, teacher, alpha=-1)
         if bias is not None:
-            grad_b -= weighted.sum(0)
+            grad_b -= scaled.sum(0)
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return loss, grads, grad_w.to(weight.dtype), grad_b.to(bias_dtype)
+
+
+def hidden_combine_mse_sum(
+    row_weight: Tensor,
+    h_s: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    h_t: Sequence[Tensor],
+) -> Tensor:
+    """The same sum alone; a block of rows is concatenated, which is no more than its target takes."""
+
+    def rows(*states: Tensor) -> Tensor:
+        wide = [x.to(row_weight.dtype) for x in states]
+        teachers, students = (torch.cat(x, -1) for x in (wide[: len(h_t)], wide[len(h_t) :]))
+        return hidden_mse_rows(teachers, students, weight, bias)
+
+    return _sum(row_weight, max(weight.shape), rows, *h_t, *h_s)
 
 
 def hidden_cosine_fwd_bwd(
@@ -112,8 +160,13 @@ def hidden_cosine_fwd_bwd(
         norm = (square_x.clamp_min(eps) * square_y).sqrt()
         cosine = (x * y).sum(-1, keepdim=True) / norm
         weight = row_weight[block].to(dtype).unsqueeze(-1)
-        loss += (weight * (1.0 - cosine)).sum()
+        loss += weighted(1.0 - cosine, weight).sum()
         # Below eps the norm is a constant and only the inner product has a gradient.
         radial = torch.where(square_x > eps, cosine / square_x.clamp_min(eps), 0.0)
-        grad[block] = (weight * (radial * x - y / norm)).to(h_s.dtype)
+        grad[block] = weighted(radial * x - y / norm, weight).to(h_s.dtype)
     return loss, grad
+
+
+def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-12) -> Tensor:
+    """The same sum alone."""
+    return _sum(row_weight, h_s.shape[1], partial(hidden_cosine_rows, eps=eps), h_s, h_t)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bertkd.ops.chunked.tiles import Workspace, budget, kl_sweep, low
+from bertkd.ops.rows import weighted
 from bertkd.reference import compute_dtype
 
 
@@ -50,6 +51,8 @@ def softmax_kl_fwd_bwd(
     for block in row_blocks(z_s.shape[0], z_s.shape[1], z_s.device):
         rows, difference = _sweep(z_s, z_t, block, temperature, work)
         weight = row_weight[block].to(work.dtype)
-        loss += torch.dot(rows, weight)
-        grad[block] = difference.mul_(weight.unsqueeze(-1) / temperature)
+        loss += weighted(rows, weight).sum()
+        difference.mul_(weight.unsqueeze(-1) / temperature)
+        # 0 times NaN is not 0.
+        grad[block] = difference.masked_fill_((weight == 0).unsqueeze(-1), 0.0)
     return loss, grad

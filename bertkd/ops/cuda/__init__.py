@@ -18,7 +18,12 @@ from bertkd.ops.cuda.relation_kl import (
     self_relation_kl_fwd_bwd,
     self_relation_kl_rows,
 )
-from bertkd.ops.cuda.rows import hidden_mse_fwd_bwd, softmax_kl_fwd_bwd, softmax_kl_rows
+from bertkd.ops.cuda.rows import (
+    hidden_mse_fwd_bwd,
+    hidden_mse_sum,
+    softmax_kl_fwd_bwd,
+    softmax_kl_rows,
+)
 
 _LIMITS = {
     "relation_kl": limits.relation,
@@ -37,6 +42,7 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
 
 __all__ = [
     "hidden_mse_fwd_bwd",
+    "hidden_mse_sum",
     "refusal",
     "relation_kl_fwd_bwd",
     "relation_kl_rows",

@@ -51,15 +51,28 @@ def hidden_mse_fwd_bwd(
     row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """``sum_k sum_i w_i |h_s[k]_i - h_t[k]_i|^2`` over states of (N, d), and its gradients, in one launch."""
+    with guard(h_s[0]):
+        grads = [torch.empty_like(x) for x in h_s]
+    return _hidden_mse(row_weight, h_s, h_t, grads), grads
+
+
+def hidden_mse_sum(row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]) -> Tensor:
+    """The same sum alone: nothing is written."""
+    return _hidden_mse(row_weight, h_s, h_t, [])
+
+
+def _hidden_mse(
+    row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Tensor:
+    """The sum; fills ``grads``, unless there are none."""
     first = h_s[0]
     if first.numel() == 0:
-        return first.new_zeros((), dtype=torch.float32), [torch.empty_like(x) for x in h_s]
+        return first.new_zeros((), dtype=torch.float32)
     row_weight = row_weight.float()
     with guard(first):
         loss = torch.empty((), dtype=torch.float32, device=first.device)
-        grads = [torch.empty_like(x) for x in h_s]
         work = workspace(first, kernels().hidden_mse_workspace(len(h_s), first.shape[0]))
-        kernels().hidden_mse_fwd_bwd(
+        kernels().hidden_mse(
             first.shape[0],
             (row_weight.data_ptr(), row_weight.stride(0)),
             [rows(x) for x in h_s],
@@ -68,4 +81,4 @@ def hidden_mse_fwd_bwd(
             loss.data_ptr(),
             launch(work),
         )
-    return loss, grads
+    return loss

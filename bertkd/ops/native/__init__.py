@@ -16,7 +16,12 @@ from bertkd.ops.native.attention import (
 )
 from bertkd.ops.native.library import isa, unavailable
 from bertkd.ops.native.linear_kl import linear_kl_fwd_bwd, linear_kl_rows
-from bertkd.ops.native.rows import hidden_mse_fwd_bwd, softmax_kl_fwd_bwd, softmax_kl_rows
+from bertkd.ops.native.rows import (
+    hidden_mse_fwd_bwd,
+    hidden_mse_sum,
+    softmax_kl_fwd_bwd,
+    softmax_kl_rows,
+)
 from bertkd.ops.tensors import DTYPES
 
 _OPS = (
@@ -46,6 +51,7 @@ __all__ = [
     "attention_mse_fwd_bwd",
     "attention_mse_rows",
     "hidden_mse_fwd_bwd",
+    "hidden_mse_sum",
     "isa",
     "linear_kl_fwd_bwd",
     "linear_kl_rows",

@@ -15,23 +15,36 @@ def hidden_mse_fwd_bwd(
     row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """``sum_k sum_i w_i |h_s[k]_i - h_t[k]_i|^2`` over states of (N, d), and its gradients, in one launch."""
+    outputs = [empty_rows(x) for x in h_s]
+    loss = _hidden_mse(row_weight, h_s, h_t, [written for _, written in outputs])
+    return loss, [g if g is written else g.copy_(written) for g, written in outputs]
+
+
+def hidden_mse_sum(row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]) -> Tensor:
+    """The same sum alone: nothing is written."""
+    return _hidden_mse(row_weight, h_s, h_t, [])
+
+
+def _hidden_mse(
+    row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Tensor:
+    """The sum; fills ``grads``, unless there are none."""
     students, teachers = [unit_stride(x) for x in h_s], [unit_stride(x) for x in h_t]
     row_weight = row_weight.float()
-    outputs = [empty_rows(x) for x in h_s]
     # A tensor without elements has no address.
     if row_weight.numel() == 0:
-        return torch.zeros((), dtype=torch.float32), [grad for grad, _ in outputs]
+        return torch.zeros((), dtype=torch.float32)
     loss = torch.empty((), dtype=torch.float32)
-    kernels().hidden_mse_fwd_bwd(
+    kernels().hidden_mse(
         row_weight.shape[0],
         (row_weight.data_ptr(), row_weight.stride(0)),
         [rows(x) for x in students],
         [rows(x) for x in teachers],
-        [rows(written) for _, written in outputs],
+        [rows(x) for x in grads],
         loss.data_ptr(),
         torch.get_num_threads(),
     )
-    return loss, [g if g is written else g.copy_(written) for g, written in outputs]
+    return loss
 
 
 def softmax_kl_rows(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:

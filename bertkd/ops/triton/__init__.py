@@ -59,7 +59,7 @@ def _load(op: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    op = name.removesuffix("_rows").removesuffix("_fwd_bwd")
+    op = name.removesuffix("_rows").removesuffix("_sum").removesuffix("_fwd_bwd")
     if op == name or op not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_load(op), name)

@@ -1,4 +1,4 @@
-"""Launchers of hidden_mse and hidden_cosine: one visit to every state gives the loss and the gradient."""
+"""Launchers of hidden_mse and hidden_cosine: one visit to every state gives the loss, and the gradient if asked."""
 
 from __future__ import annotations
 
@@ -47,16 +47,35 @@ def hidden_mse_fwd_bwd(
     row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """``sum_k sum_i w_i |h_s[k]_i - h_t[k]_i|^2`` over states of (N, d), and its gradients."""
-    students, teachers = [unit_stride(x) for x in h_s], [unit_stride(x) for x in h_t]
+    students = [unit_stride(x) for x in h_s]
     grads = [torch.empty_like(x) for x in students]
-    n_rows, width = h_s[0].shape
+    loss = _mse(row_weight, students, h_t, grads)
+    return loss, [laid_out_like(x, grad) for x, grad in zip(h_s, grads, strict=True)]
+
+
+def hidden_mse_sum(row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tensor]) -> Tensor:
+    """The same sum alone: nothing is written."""
+    return _mse(row_weight, [unit_stride(x) for x in h_s], h_t, None)
+
+
+def _mse(
+    row_weight: Tensor,
+    students: Sequence[Tensor],
+    h_t: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+) -> Tensor:
+    """The sum over students with unit stride; fills ``grads``."""
+    teachers = [unit_stride(x) for x in h_t]
+    n_rows, width = students[0].shape
     config = mse_config(width)
     blocks = cdiv(n_rows, config["ROWS"])
-    partials = torch.empty((len(h_s), blocks), dtype=torch.float32, device=row_weight.device)
+    partials = torch.empty((len(students), blocks), dtype=torch.float32, device=row_weight.device)
+    sides = (students, teachers) if grads is None else (students, teachers, grads)
     done = 0
     with guard(row_weight):
-        for group in _launches(students, teachers, grads):
-            s, t, g = (tuple(side[i] for i in group) for side in (students, teachers, grads))
+        for group in _launches(*sides):
+            s, t, *written = (tuple(side[i] for i in group) for side in sides)
+            g = written[0] if written else None
             hidden_mse_kernel[(blocks, len(group))](
                 s,
                 t,
@@ -67,15 +86,14 @@ def hidden_mse_fwd_bwd(
                 width,
                 s[0].stride(0),
                 t[0].stride(0),
-                g[0].stride(0),
+                0 if g is None else g[0].stride(0),
                 row_weight.stride(0),
-                ALIGN=alignment(width, s[0], t[0], g[0]),
+                ALIGN=alignment(width, s[0], t[0], None if g is None else g[0]),
                 **config,
             )
             done += len(group)
     # One sum of a fixed shape: no atomics, the same bits every time.
-    loss = partials.sum()
-    return loss, [laid_out_like(x, grad) for x, grad in zip(h_s, grads, strict=True)]
+    return partials.sum()
 
 
 def _launches(*sides: Sequence[Tensor]) -> list[list[int]]:
@@ -92,13 +110,26 @@ def hidden_cosine_fwd_bwd(
     row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-12
 ) -> tuple[Tensor, Tensor]:
     """``sum_i w_i (1 - cos(h_s_i, h_t_i))`` over (N, d), and its gradient."""
-    student, teacher = unit_stride(h_s), unit_stride(h_t)
+    student = unit_stride(h_s)
     grad = torch.empty_like(student)
-    n_rows, width = h_s.shape
+    return _cosine(row_weight, student, h_t, grad, eps), laid_out_like(h_s, grad)
+
+
+def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-12) -> Tensor:
+    """The same sum alone: nothing is written."""
+    return _cosine(row_weight, unit_stride(h_s), h_t, None, eps)
+
+
+def _cosine(
+    row_weight: Tensor, student: Tensor, h_t: Tensor, grad: Tensor | None, eps: float
+) -> Tensor:
+    """The sum over a student with unit stride; fills ``grad``."""
+    teacher = unit_stride(h_t)
+    n_rows, width = student.shape
     config = cosine_config(width)
     blocks = cdiv(n_rows, config["ROWS"])
-    partials = torch.empty((blocks,), dtype=torch.float32, device=h_s.device)
-    with guard(h_s):
+    partials = torch.empty((blocks,), dtype=torch.float32, device=student.device)
+    with guard(student):
         hidden_cosine_kernel[(blocks,)](
             student,
             teacher,
@@ -109,10 +140,10 @@ def hidden_cosine_fwd_bwd(
             width,
             student.stride(0),
             teacher.stride(0),
-            grad.stride(0),
+            0 if grad is None else grad.stride(0),
             row_weight.stride(0),
             eps,
             ALIGN=alignment(width, student, teacher, grad),
             **config,
         )
-    return partials.sum(), laid_out_like(h_s, grad)
+    return partials.sum()

@@ -86,15 +86,20 @@ def _residual(
     bias: Tensor | None,
     targets: Sequence[Tensor],
     sign: float,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
 ) -> _Residual:
-    """R = sum_k inputs_k W_k^T + b - targets of (N, k) and (N, m) states of one layout a side."""
+    """R = sum_k inputs_k W_k^T + b - targets of (N, k) and (N, m) states of one layout a side.
+
+    Without ``out_dtype`` the loss alone: ``outputs`` is empty and there is no bias gradient.
+    """
     n_rows, k_width = inputs[0].shape
     m_width = targets[0].shape[1]
     device = weight.device
     compute = operand_dtype(*inputs, weight)
-    outputs = [torch.empty((n_rows, m_width), dtype=out_dtype, device=device) for _ in targets]
-    align = alignment(math.gcd(k_width, m_width), inputs[0], weight, targets[0], outputs[0])
+    outputs = []
+    if out_dtype is not None:
+        outputs = [torch.empty((n_rows, m_width), dtype=out_dtype, device=device) for _ in targets]
+    align = alignment(math.gcd(k_width, m_width), inputs[0], weight, targets[0], *outputs[:1])
     config = proj_config(n_rows, k_width, compute, align)
     row_blocks = cdiv(n_rows, config["ROWS"])
     programs = row_blocks * cdiv(m_width, config["COLS"]) * len(targets)
@@ -102,6 +107,7 @@ def _residual(
     bias_sums = None
     if bias is not None:
         bias = unit_stride(bias)
+    if bias is not None and outputs:
         bias_sums = torch.empty((row_blocks, weight.shape[0]), dtype=torch.float32, device=device)
     with guard(weight):
         hidden_proj_mse_kernel[(programs,)](
@@ -109,7 +115,7 @@ def _residual(
             weight,
             bias,
             tuple(targets),
-            tuple(outputs),
+            tuple(outputs) or None,
             row_weight,
             losses,
             bias_sums,
@@ -119,7 +125,7 @@ def _residual(
             inputs[0].stride(0),
             weight.stride(0),
             targets[0].stride(0),
-            outputs[0].stride(0),
+            outputs[0].stride(0) if outputs else 0,
             row_weight.stride(0),
             SIGN=sign,
             # The interpreter multiplies bfloat16 wrongly.
@@ -150,6 +156,14 @@ def hidden_proj_mse_fwd_bwd(
     return result.loss, grad_h, grad_w, _bias_gradient(bias, result.bias_sum, weight)
 
 
+def hidden_proj_mse_sum(
+    row_weight: Tensor, h_s: Tensor, weight: Tensor, bias: Tensor | None, h_t: Tensor
+) -> Tensor:
+    """The same sum alone: one GEMM, of which nothing is stored."""
+    hidden, matrix = unit_stride(h_s), unit_stride(weight)
+    return _residual(row_weight, [hidden], matrix, bias, [unit_stride(h_t)], 1.0, None).loss
+
+
 def hidden_combine_mse_fwd_bwd(
     row_weight: Tensor,
     h_s: Sequence[Tensor],
@@ -176,3 +190,15 @@ def hidden_combine_mse_fwd_bwd(
             part.copy_(product(operand, teacher.to(compute)).neg_())
     grads = [laid_out_like(x, g) for x, g in zip(h_s, result.outputs, strict=True)]
     return result.loss, grads, grad_w, _bias_gradient(bias, result.bias_sum, weight)
+
+
+def hidden_combine_mse_sum(
+    row_weight: Tensor,
+    h_s: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    h_t: Sequence[Tensor],
+) -> Tensor:
+    """The same sum alone: one GEMM, of which nothing is stored."""
+    students, teachers, matrix = one_layout(h_s), one_layout(h_t), unit_stride(weight)
+    return _residual(row_weight, teachers, matrix, bias, students, -1.0, None).loss
