@@ -114,9 +114,8 @@ def _run(config: Config, ops, impls, dtypes, device) -> None:
                 try:
                     forms = [compare(op, impl, case, form) for form in ("fwd_bwd", value_form(op))]
                     found = max(forms, key=lambda each: each.error / each.allowed)
-                except (
-                    Exception
-                ) as error:  # a compiler's or a driver's: it is a finding, not an end
+                except Exception as error:
+                    # A compiler's or a driver's: it is a finding, not an end.
                     wrong += 1
                     table.add(op, impl, name, "", "", "", f"WRONG: {type(error).__name__}: {error}")
                     continue
