@@ -220,6 +220,19 @@ class Distiller(nn.Module):
             groups.append({"params": plain, "lr": rate, "weight_decay": 0.0})
         return [group for group in groups if group["params"]]
 
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Checkpoint the student's activations, with the options of Hugging Face's method of this name.
+
+        The teacher runs without gradients and keeps none anyway. The Hugging Face Trainer calls this.
+        """
+        student: Any = unwrap(self.student)
+        student.gradient_checkpointing_enable(**options)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """The same by its newer name in transformers."""
+        student: Any = unwrap(self.student)
+        student.activation_checkpointing_enable(**options)
+
     def plan(self, batch_size: int = 32, length: int = 128) -> Plan:
         """Layer maps, weights, parameter counts and bytes per term; ``print`` it for a table.
 

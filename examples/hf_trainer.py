@@ -25,6 +25,9 @@ class DistillTrainer(Trainer):
     """Trains a `Distiller`; terms are logged beside the loss."""
 
     def __init__(self, distiller: bertkd.Distiller, args: TrainingArguments, **kwargs: Any) -> None:
+        for name in ("neftune_noise_alpha", "label_smoothing_factor"):
+            if getattr(args, name):
+                raise ValueError(f"{name} has no use here: the objective says what the loss is.")
         super().__init__(model=distiller, args=args, **kwargs)
         self.latest_terms: dict[str, torch.Tensor] = {}
 

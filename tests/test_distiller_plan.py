@@ -106,6 +106,48 @@ def test_the_trainer_example_resumes_bitwise_and_loads_the_best(example, tmp_pat
     assert best.evaluate()["eval_loss"] == pytest.approx(best.state.best_metric)
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(example, tmp_path):
+    from transformers import TrainingArguments
+
+    batch = tiny_batch(models()[0], batch=4, padding=None)
+    rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
+    trained, recomputed = [], []
+    for checkpointing in (False, True):
+        teacher, student = models(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        block = encoders.block_list(student)[0]
+        forward, calls = block.attention.forward, []
+        block.attention.forward = lambda *a, run=forward, n=calls, **k: n.append(1) or run(*a, **k)
+        example.DistillTrainer(
+            Distiller(teacher, student, "att_kl + hid_seq"),
+            TrainingArguments(
+                str(tmp_path),
+                max_steps=2,
+                gradient_checkpointing=checkpointing,
+                optim="sgd",
+                learning_rate=0.01,
+                per_device_train_batch_size=2,
+                report_to="none",
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=rows,
+        ).train()
+        trained.append(student.state_dict())
+        recomputed.append(len(calls))
+    assert recomputed == [2, 4]
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["neftune_noise_alpha", "label_smoothing_factor"])
+def test_the_trainer_example_refuses_what_it_would_ignore(example, option, tmp_path):
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, **{option: 0.1})
+    with pytest.raises(ValueError, match=f"{option} has no use here"):
+        example.DistillTrainer(Distiller(*models(), "att_kl"), arguments)
+
+
 def test_the_trainer_example_keeps_columns_and_saves_a_plain_student(example, tmp_path):
     from transformers import AutoModel, TrainingArguments
 
