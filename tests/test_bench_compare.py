@@ -1,5 +1,10 @@
 """Two trees against each other: the verdict, turns, and a process for either."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from bertkd.bench import compare, runner
@@ -43,3 +48,29 @@ def test_either_tree_is_timed_by_this_code_in_a_process_of_its_own(tmp_path):
     assert 0 < timer._one(root) < 10
     with pytest.raises(compare.Unavailable, match="bertkd was imported from"):
         timer._one(tmp_path)
+
+
+def test_a_termination_leaves_no_work_tree_behind(tmp_path):
+    (tmp_path / "bertkd").mkdir()
+    (tmp_path / "bertkd" / "file").write_text("x")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@localhost"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    program = f"""
+import time
+from pathlib import Path
+from bertkd.bench.compare import checkout
+with checkout(Path({str(tmp_path)!r}), "HEAD") as tree:
+    print(tree, flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as run:
+        tree = Path(run.stdout.readline().strip())
+        assert (tree / "bertkd" / "file").exists()
+        run.terminate()
+    assert run.returncode == 128 + signal.SIGTERM
+    assert not tree.parent.exists()
+    listed = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True)
+    assert len(listed.stdout.splitlines()) == 1

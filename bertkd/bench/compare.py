@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -201,6 +202,8 @@ def checkout(root: Path, commit: str) -> Iterator[Path]:
     Raises:
         ValueError: there is no such commit, or no git checkout at all.
     """
+    # A termination unwinds like Ctrl-C; by default it would leave the work tree, and git's note of it, behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="bertkd-base-"))
     tree = folder / "base"
     git = ["git", "-C", str(root)]
@@ -215,6 +218,7 @@ def checkout(root: Path, commit: str) -> Iterator[Path]:
     finally:
         subprocess.run([*git, "worktree", "remove", "--force", str(tree)], capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _native_library(root: Path, tree: Path, commit: str) -> None:
