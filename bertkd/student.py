@@ -39,16 +39,17 @@ def create_student(
     intermediate_size: int | None = None,
     copy_head: bool = False,
     num_labels: int | None = None,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     verbose: bool = True,
 ) -> PreTrainedModel:
     """Build a student of the teacher's class from the teacher's weights.
 
     Embeddings, the chosen blocks with their LayerNorms, final norm and pooler are copied; the
-    task head is new unless ``copy_head``. With all blocks and ``copy_head=True`` the student
-    computes bit for bit what the teacher does (one cast by ``.to(bfloat16)`` has rounded its
-    rotary frequencies; the student has them exact, as a teacher loaded anew). It shares no memory
-    with the teacher, has its device and dtype, requires gradients, and is in eval mode (as after
+    task head is new unless ``copy_head``. With all blocks, ``copy_head=True`` and the teacher's
+    dtype the student computes bit for bit what the teacher does (one cast by ``.to(bfloat16)`` has
+    rounded its rotary frequencies; the student has them exact, as a teacher loaded anew). It shares
+    no memory with the teacher, is on its device, requires gradients, and is in eval mode (as after
     ``from_pretrained``). Each block keeps its kind of attention (ModernBERT's local or global).
     ModernBERT's block 0 has no ``attn_norm``, so the first student block loses that of any other
     teacher block.
@@ -65,6 +66,8 @@ def create_student(
         intermediate_size: inner width of the feed-forward layers; the teacher's by default.
         copy_head: also copy the task head.
         num_labels: number of labels of the new head; the teacher's by default.
+        dtype: of the student's weights; the teacher's by default, but float32 where that is in half
+            precision, which has no room for the small updates of training.
         seed: fixes the weights of the new head. The global random state is left as it was.
         verbose: print what went where; otherwise that is logged at level INFO.
 
@@ -97,7 +100,8 @@ def create_student(
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: it would also reseed the GPUs, which fork_rng does not restore.
         torch.default_generator.manual_seed(seed)
-        student = type(model)._from_config(config, dtype=model.dtype, **options)
+        wanted = torch.promote_types(model.dtype, torch.float32) if dtype is None else dtype
+        student = type(model)._from_config(config, dtype=wanted, **options)
     student = student.to(model.device).eval()
 
     rows = _fill_base(base, encoders.base_model(student), kept)
@@ -301,6 +305,7 @@ def _table(student: PreTrainedModel, teacher: EncoderSpec, rows: list[tuple[str,
         f"student: {type(student).__name__}, {spec.num_blocks} of {teacher.num_blocks} blocks, "
         f"hidden size {spec.hidden_size} of {teacher.hidden_size}, "
         f"{spec.num_heads} heads of width {spec.head_dim}, "
-        f"{sum(p.numel() for p in student.parameters()):,} parameters"
+        f"{sum(p.numel() for p in student.parameters()):,} parameters in "
+        f"{str(student.dtype).removeprefix('torch.')}"
     ]
     return "\n".join(lines + [f"  {part:<{width}} <- {source}" for part, source in rows])

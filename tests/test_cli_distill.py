@@ -95,6 +95,27 @@ def test_distill_from_start_to_a_loadable_student(place, tmp_path, capsys):
     assert again == pytest.approx(scores["student"]["test"])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(place, tmp_path, precision):
+    teacher, tokenizer = str(tmp_path / "half"), AutoTokenizer.from_pretrained(place["teacher"])
+    half = AutoModelForSequenceClassification.from_pretrained(place["teacher"]).bfloat16()
+    half.save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    assert AutoModelForSequenceClassification.from_pretrained(teacher).dtype == torch.bfloat16
+    words = ["--task", place["task"], "--objective", "kd + att_kl + hid_seq", "--steps", "4"]
+    words += ["--teacher", teacher, "--layers", "uniform:2", "--teacher_precision", precision]
+    assert main(["distill", *words, "--output_dir", str(tmp_path / "out"), *FAST]) == 0
+    words = ["--model", teacher, "--task", place["task"], "--steps", "4"]
+    assert main(["finetune", *words, "--output_dir", str(tmp_path / "tuned"), *FAST]) == 0
+    for folder in ("out", "tuned"):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder / "model")
+        assert model.dtype == torch.float32
+        weight = model.bert.encoder.layer[0].attention.self.query.weight
+        assert not torch.equal(weight, weight.bfloat16().float())
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert ("teacher's weights" in card) == (precision == "bf16")
+
+
 def test_two_stages_of_a_recipe_and_no_judging_of_a_random_head(place, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

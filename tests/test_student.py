@@ -46,11 +46,25 @@ def test_full_copy_is_bit_identical(model_type: str, head_cls: str | None) -> No
 def test_full_copy_in_bfloat16() -> None:
     for model_type in ("bert", "modernbert"):
         teacher = tiny_model(model_type, head_cls="sequence", dtype=torch.bfloat16)
-        student = create_student(teacher, "first:2", copy_head=True, verbose=False)
+        student = create_student(
+            teacher, "first:2", copy_head=True, dtype=torch.bfloat16, verbose=False
+        )
         assert student.dtype == torch.bfloat16
         kinds = {name: t.dtype for name, t in snapshot(teacher).items()}
         assert kinds == {name: t.dtype for name, t in snapshot(student).items()}
         assert_same(outputs(student), outputs(teacher))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_student_of_a_half_precision_teacher_can_be_trained(dtype, capsys) -> None:
+    teacher = tiny_model("modernbert", head_cls="sequence", dtype=dtype)
+    student = create_student(teacher, "first:2", copy_head=True)
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {p.dtype for p in student.parameters()} == {wanted}
+    assert student.config.dtype == wanted
+    assert f"parameters in {str(wanted)[6:]}\n" in capsys.readouterr().out
+    for copied, original in zip(student.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(copied, original.to(wanted))
 
 
 def cut_blocks(teacher: nn.Module, kept: list[int]) -> nn.Module:

@@ -64,6 +64,20 @@ def test_what_cannot_work_is_refused_before_the_first_batch(tmp_path):
         run(tmp_path, Bare())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_not_trained(tmp_path, dtype):
+    module = FakeDistiller().to(dtype)
+    with pytest.raises(
+        ValueError, match=r"weights are to be trained .* in (b?float16), .*float\(\)"
+    ):
+        run(tmp_path, module)
+    assert not (tmp_path / "run").exists()
+    # Frozen ones may be in any.
+    module = FakeDistiller()
+    module.register_parameter("frozen", torch.nn.Parameter(torch.ones(2, dtype=dtype), False))
+    run(tmp_path, module)
+
+
 def test_a_stage_that_is_not_evaluated_needs_no_eval_fn(tmp_path):
     assert run(tmp_path, metric="accuracy", eval_every=None)[1].best_metric is None
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bertkd.cli.options import RunOptions, StageOptions, TaskOptions, overridden, task_of
 
@@ -38,6 +38,8 @@ class Config(TaskOptions, StageOptions, RunOptions):
         hidden_size: Width of the student. Default: the teacher's.
         copy_head: Start with the teacher's task head. Default: the recipe's.
         student: Start from this model instead of making one from the teacher.
+        teacher_precision: Of the teacher's weights; half precision halves their memory, and is faster on
+            GPUs and on CPUs that have instructions for it.
         impl: Which implementation computes the losses; see bertkd info.
     """
 
@@ -51,6 +53,7 @@ class Config(TaskOptions, StageOptions, RunOptions):
     hidden_size: int | None = None
     copy_head: bool | None = None
     student: str | None = None
+    teacher_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     impl: str = "auto"
 
 
@@ -72,10 +75,16 @@ def prepare(config: Config) -> Callable[[], None]:
     recipe = _recipe(config)
     tokenizer = load_tokenizer(config.teacher, "teacher")
     workload = _workload(config, recipe, tokenizer)
-    teacher = load_model(config.teacher, "teacher", _head(config, workload))
+    head = _head(config, workload)
+    teacher = load_model(config.teacher, "teacher", head)
     if workload.task is not None:
         check_labels(teacher, workload.task, "teacher")
     student = _student(config, recipe, teacher, workload)
+    facts = {"student made of": config.student or f"the teacher's blocks {recipe.layers}"}
+    if config.teacher_precision != "fp32":
+        # Loaded anew: a cast would round what from_pretrained keeps, rotary frequencies for one.
+        teacher = load_model(config.teacher, "teacher", head, config.teacher_precision)
+        facts["teacher's weights"] = config.teacher_precision
 
     def build(stage: Stage) -> Distiller:
         from bertkd.distiller import Distiller
@@ -107,7 +116,7 @@ def prepare(config: Config) -> Callable[[], None]:
         workload=workload,
         output_dir=Path(config.output_dir),
         teacher=teacher,
-        facts={"student made of": config.student or f"the teacher's blocks {recipe.layers}"},
+        facts=facts,
         seed=recipe.seed,
         resume=config.resume,
         log_with=config.trackers(),

@@ -44,7 +44,11 @@ def load_tokenizer(path: str | os.PathLike[str], argument: str) -> Any:
 
 
 def load_model(
-    path: str | os.PathLike[str], argument: str, head: str | None = None, **config: Any
+    path: str | os.PathLike[str],
+    argument: str,
+    head: str | None = None,
+    precision: str = "fp32",
+    **config: Any,
 ) -> PreTrainedModel:
     """An encoder, with a head for labels or masked words if asked for.
 
@@ -52,14 +56,18 @@ def load_model(
         path: directory of a checkpoint, or its name on the Hugging Face Hub.
         argument: what the user calls it, for messages.
         head: ``"labels"`` (sequence classification or regression), ``"mlm"``, or ``None``.
+        precision: of the weights, "fp32", "bf16" or "fp16", whatever the checkpoint was saved in:
+            in half precision they could not be trained.
         config: overrides of the model's config, e.g. ``num_labels=2``.
 
     Raises:
         ValueError: nothing there, not a Hugging Face encoder, or a saved head for another number of
             labels than ``config`` asks for; names ``argument``.
     """
+    import torch
     from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     classes = {
         "labels": AutoModelForSequenceClassification,
         "mlm": AutoModelForMaskedLM,
@@ -67,7 +75,7 @@ def load_model(
     }
     with quiet_transformers(), _said_plainly(path, argument, "a model"):
         try:
-            return classes[head].from_pretrained(path, **config)
+            return classes[head].from_pretrained(path, dtype=dtypes[precision], **config)
         except RuntimeError as error:
             # What differs stands in a report that quiet_transformers holds back.
             saved, wanted = load_config(path, argument).num_labels, config.get("num_labels")

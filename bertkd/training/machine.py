@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType
@@ -100,15 +101,28 @@ def trackers(accelerator: Accelerator, run: Mapping[str, Any], resumed: int) -> 
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuse a bare model, whose forward takes no batch.
+    """Refuse a bare model, whose forward takes no batch, and weights that could not learn.
 
     Raises:
         TypeError: saying what to wrap it in.
+        ValueError: weights in half precision are to be trained.
     """
     if hasattr(module, "save_pretrained"):
         raise TypeError(
             f"module is a {type(module).__name__}; train Supervised(model) to learn from labels, or a "
             "Distiller to learn from a teacher"
+        )
+    half = [
+        (name, str(weight.dtype).removeprefix("torch."))
+        for name, weight in module.named_parameters()
+        if weight.requires_grad and weight.dtype in (torch.float16, torch.bfloat16)
+    ]
+    if half:
+        name, dtype = half[0]
+        raise ValueError(
+            f"{len(half)} weights are to be trained in half precision, {name} in {dtype}, where small "
+            "updates are rounded away; call .float() on the model, and let the stage's precision make "
+            "the forward fast"
         )
 
 
