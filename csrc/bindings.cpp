@@ -192,6 +192,10 @@ void softmax_kl_fwd_bwd(int64_t count, std::pair<int64_t, int64_t> row_weight, c
   bertkd::softmax_kl(args);
 }
 
+void use_large_pages(int64_t data, int64_t bytes) {
+  bertkd::use_large_pages(pointer<void>(data), bytes);
+}
+
 void run_exp2(int64_t x, int64_t out, int64_t count) {
   bertkd::exp2(pointer<const float>(x), pointer<float>(out), count);
 }
@@ -222,6 +226,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("softmax_kl_fwd_bwd", &softmax_kl_fwd_bwd, py::arg("count"), py::arg("row_weight"),
              py::arg("z_s"), py::arg("z_t"), py::arg("temperature"), py::arg("loss"),
              py::arg("grad"), py::arg("threads"));
+  module.def("use_large_pages", &use_large_pages, py::arg("data"), py::arg("bytes"),
+             "Ask the system to back fresh memory with large pages.");
   module.def("exp2", &run_exp2, py::arg("x"), py::arg("out"), py::arg("count"));
   module.def("cpu_isa", &bertkd::cpu_isa, "The instruction set in use.");
   module.def("cpu_isas", &bertkd::cpu_isas, "What this build and processor can run, best first.");

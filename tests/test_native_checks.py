@@ -2,8 +2,10 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from native_cases import ISAS, machine, needs_native
 
 from bertkd import functional
 from bertkd.ops import native
+from bertkd.ops.native import library
 from bertkd.ops.native.library import kernels
 from bertkd.ops.tensors import heads, rows
 
@@ -267,3 +270,45 @@ def test_kernels_run_in_many_python_threads_at_once():
         for result in pool.map(lambda _: native.relation_kl_fwd_bwd(*args), range(40)):
             for got, want in zip(result, expected, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_large_results_are_asked_for_in_large_pages():
+    """What the system makes of the advice is its own business; that it was asked stands among the mapping's flags."""
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists() or "[never]" in _large_pages():
+        pytest.skip("a system without large pages")
+    large, small = (torch.empty(library.LARGE // 4 - less) for less in (0, 1))
+    for x in (large, small):
+        assert library.in_large_pages(x) is x
+        x.fill_(1.0)
+    assert [
+        "hg" in _flags(smaps.read_text(), x.data_ptr() + (1 << 20)) for x in (large, small)
+    ] == [
+        True,
+        False,
+    ]
+
+
+def _large_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.read_text() if setting.exists() else "[never]"
+
+
+def _flags(maps, address):
+    """Flags of the mapping that holds an address."""
+    inside = False
+    for line in maps.splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"{address:x} is not mapped")
+
+
+def test_large_pages_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="use_large_pages: data is null"):
+        kernels().use_large_pages(0, 4096)
+    with pytest.raises(ValueError, match="use_large_pages: bytes must not be negative"):
+        kernels().use_large_pages(4096, -1)
+    for address, size in ((4096 + 1, 0), (4096 + 1, 4095), (4096 + 1, 1)):  # no whole page
+        kernels().use_large_pages(address, size)

@@ -229,6 +229,11 @@ void check_softmax_kl(const SoftmaxKl& args) {
   check_gradient(op, "z_s and grad", args.student, args.grad);
 }
 
+void check_memory(const void* data, int64_t bytes) {
+  check_address({"use_large_pages", "data"}, data, 1);
+  if (bytes < 0) refuse({"use_large_pages", "bytes"}, "must not be negative.");
+}
+
 void check_exp2(const float* x, const float* out, int64_t count) {
   check_size({"exp2", "count"}, count, 0);
   if (count == 0) return;

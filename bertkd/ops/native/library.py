@@ -42,8 +42,24 @@ def isa() -> str | None:
     return None if _C is None else _C.cpu_isa()
 
 
+# glibc hands blocks of this size back as they are freed, so their pages are fresh in every call.
+LARGE = 32 << 20
+
+
+def in_large_pages(x: Tensor) -> Tensor:
+    """``x``, just allocated and not written yet, in pages of 2 MiB where it is large and the system has them.
+
+    The system clears each page as it is first written; one of 4 KiB at a time, that is longer than
+    ``softmax_kl`` itself takes.
+    """
+    storage = x.untyped_storage()
+    if storage.nbytes() >= LARGE:
+        kernels().use_large_pages(storage.data_ptr(), storage.nbytes())
+    return x
+
+
 def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """A gradient laid out like ``x``, and where to write it: itself, or a copy with contiguous rows."""
-    grad = torch.empty_like(x)
+    grad = in_large_pages(torch.empty_like(x))
     dense = grad.stride(-1) == 1 or grad.shape[-1] == 1
-    return grad, grad if dense else torch.empty(x.shape, dtype=x.dtype)
+    return grad, grad if dense else in_large_pages(torch.empty(x.shape, dtype=x.dtype))

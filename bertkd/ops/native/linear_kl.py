@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bertkd.ops.native.library import in_large_pages
 from bertkd.ops.native.rows import softmax_kl_into, softmax_kl_rows
 
 # Every block reads both decoders whole, and adds to the (V, d) gradient of one: fewer rows spend their time on that.
@@ -32,7 +33,8 @@ class _Side(NamedTuple):
 
 
 def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Side:
-    memory = torch.empty(min(BLOCK, hidden.shape[0]), weight.shape[0], dtype=torch.float32)
+    shape = min(BLOCK, hidden.shape[0]), weight.shape[0]
+    memory = in_large_pages(torch.empty(shape, dtype=torch.float32))
     return _Side(hidden.float(), weight.float(), None if bias is None else bias.float(), memory)
 
 
@@ -77,7 +79,7 @@ def linear_kl_fwd_bwd(
     student, teacher = _side(h_s[kept], w_s, bias_s), _side(h_t[kept], w_t, bias_t)
     loss = torch.zeros((), dtype=torch.float32)
     grad_h = torch.empty(student.hidden.shape, dtype=torch.float32)
-    grad_w = torch.zeros(w_s.shape, dtype=torch.float32)
+    grad_w = in_large_pages(torch.zeros(w_s.shape, dtype=torch.float32))
     grad_b = torch.zeros(0 if bias_s is None else w_s.shape[0], dtype=torch.float32)
     for rows in _blocks(kept.numel()):
         logits = student.logits(rows)

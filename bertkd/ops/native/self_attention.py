@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.native.library import kernels
+from bertkd.ops.native.library import in_large_pages, kernels
 from bertkd.ops.tensors import heads, key_mask, unit_stride
 
 
@@ -31,7 +31,7 @@ def self_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Attention's output (B, H, L, D), and what the backward needs of its rows (B, H, L, 2)."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    out, stats = empty_heads(q), empty_stats(q)
+    out, stats = in_large_pages(empty_heads(q)), empty_stats(q)
     if q.numel():
         mask = None if mask is None else mask.bool()
         kernels().self_attention_fwd(
@@ -62,6 +62,8 @@ def self_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from what the forward returned."""
     grads = empty_heads(q), empty_heads(k), empty_heads(v)
+    for grad in grads:
+        in_large_pages(grad)
     if q.numel():
         grad_out, q, k, v = (unit_stride(x) for x in (grad_out, q, k, v))
         mask = None if mask is None else mask.bool()
