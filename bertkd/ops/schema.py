@@ -27,9 +27,8 @@ _AB = _ATTENTION.format("a", "b")
 _QK = _ATTENTION.format("q", "k")
 _SELF = "Tensor x_s, Tensor x_t, Tensor? mask, float scale_s, float scale_t"
 _LINEAR = "Tensor h_s, Tensor w_s, Tensor? bias_s, Tensor h_t, Tensor w_t, Tensor? bias_t, float temperature"
-_COMBINE = "Tensor[] h_s, Tensor weight, Tensor? bias, Tensor[] h_t"
-
 _PROJ = "Tensor h_s, Tensor weight, Tensor? bias, Tensor h_t"
+_COMBINE = "Tensor[] h_s, Tensor weight, Tensor? bias, Tensor[] h_t"
 
 # row_weight: (B, H, L) for the attention ops, (N,) for the others, in the dtype of the sums.
 SCHEMAS = {
