@@ -35,6 +35,42 @@ inline char* row_to(const Heads& x, int64_t b, int64_t h, int64_t i) {
   return const_cast<char*>(row_of(x, b, h, i));
 }
 
+// The head that a thread probably visits next, whose rows it asks for while it computes. They lie
+// apart, one head of (B, L, H, D), which no processor foresees; without this, to pack them is to
+// wait for memory.
+class NextHead {
+ public:
+  // The one `step` heads further on, if there is one.
+  template <class... Tensors>
+  NextHead(int64_t head, int64_t step, int64_t batch, int64_t heads, int64_t length,
+           const Tensors&... tensors)
+      : b_((head + step) / heads),
+        h_((head + step) % heads),
+        is_worth_it_(b_ < batch && length * (row_bytes(tensors) + ...) <= kMost) {}
+
+  // Always inlined: GCC takes a function that only prefetches for one without effects, and drops
+  // its calls.
+  template <class... Tensors>
+  __attribute__((always_inline)) void fetch(int64_t i, const Tensors&... tensors) const {
+    if (is_worth_it_) (fetch_row(tensors, i), ...);
+  }
+
+ private:
+  // Of a head: more would drive the one at hand out of an L2 of 1 MiB, and has computation enough
+  // to hide its loads.
+  static constexpr int64_t kMost = int64_t{512} << 10;
+
+  static int64_t row_bytes(const Heads& x) { return x.width * bytes_of(x.dtype); }
+
+  __attribute__((always_inline)) void fetch_row(const Heads& x, int64_t i) const {
+    const char* row = row_of(x, b_, h_, i);
+    for (int64_t d = 0; d < row_bytes(x); d += 64) __builtin_prefetch(row + d, 0, 2);
+  }
+
+  int64_t b_, h_;
+  bool is_worth_it_;
+};
+
 // Positions of the real keys of sequence b.
 inline int64_t list_keys(const Mask& mask, int64_t length, int64_t b, int32_t* keys) {
   int64_t count = 0;

@@ -42,6 +42,12 @@ inline int64_t head_parts(const Attention& args, int threads, int64_t blocks) {
   return parts < blocks ? parts : blocks;
 }
 
+// Heads from one of a thread's to its next, if all last equally long; past the last where heads are
+// cut.
+inline int64_t head_step(const Attention& args, int threads, int64_t parts) {
+  return parts > 1 ? args.batch * args.heads : threads;
+}
+
 inline void fill_zero(float* to, int64_t count) {
   __builtin_memset(to, 0, static_cast<std::size_t>(count) * sizeof(float));
 }
