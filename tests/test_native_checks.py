@@ -2,7 +2,9 @@
 
 import math
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -312,3 +314,14 @@ def test_large_pages_of_nothing_are_refused():
         kernels().use_large_pages(4096, -1)
     for address, size in ((4096 + 1, 0), (4096 + 1, 4095), (4096 + 1, 1)):  # no whole page
         kernels().use_large_pages(address, size)
+
+
+def test_the_compiler_keeps_the_prefetches():
+    """GCC drops calls of functions that only prefetch; nothing but time would tell."""
+    objdump = shutil.which("objdump")
+    if objdump is None or platform.machine() != "x86_64":
+        pytest.skip("objdump cannot tell here")
+    command = [objdump, "-d", kernels().__file__]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # A loop for each tensor: relations 4, scores 2, attention 3 and 5, in three instruction sets.
+    assert code.count("prefetch") >= 3 * (4 + 2 + 3 + 5)
