@@ -9,6 +9,7 @@ from attention_cases import qkv
 
 from bertkd import functional
 from bertkd.ops import chunked, dispatch, verify
+from bertkd.ops.schema import value_form
 
 OPS = verify.TENSORS
 
@@ -100,7 +101,7 @@ def test_a_wrong_kernel_is_kept_away_with_a_warning(op, fault, fast):
 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_the_form_without_gradients_has_a_check_of_its_own(op, fast):
-    form = verify.value_form(op)
+    form = value_form(op)
     right = getattr(chunked, f"{op}_{form}")
     setattr(fast, f"{op}_{form}", lambda *args: right(*args) * 1.001)
     dims = 4 if "relation" in op or op == "attention_mse" else 2

@@ -8,7 +8,7 @@ import torch
 
 from bertkd.ops import native, verify
 from bertkd.ops.dispatch import implementation, unavailable
-from bertkd.ops.schema import float_tensors
+from bertkd.ops.schema import float_tensors, value_form
 from bertkd.ops.tensors import unit_stride
 
 SIZES = verify.Sizes(batch=3, heads=1, length=17, widths=(16, 8), vocabulary=40)
@@ -60,7 +60,7 @@ def test_offsets_beyond_32_bits(op, impl, form):
     if (reason := unavailable(impl)) is not None:
         pytest.skip(reason)
     case = case_of(op)
-    form = verify.value_form(op) if form == "value" else form
+    form = value_form(op) if form == "value" else form
     function = getattr(implementation(impl), f"{op}_{form}")
     first = form == "rows"  # the weights of the rows are not among its arguments
     near = verify._results(function(*case[first:]))

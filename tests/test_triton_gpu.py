@@ -9,6 +9,7 @@ import bertkd
 from bertkd import functional
 from bertkd.ops import dispatch, verify
 from bertkd.ops.dispatch import implementation
+from bertkd.ops.schema import value_form
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,7 +67,7 @@ def test_attention_errs_at_most_twice_as_much_as_eager(name, widths, dtype, leng
 def test_every_op_agrees_with_float64(op, length, dtype):
     sizes = verify.Sizes(length=length, vocabulary=30522)
     case = verify.random_case(op, [dtype] * verify.TENSORS[op], sizes, "cuda")
-    for form in ("fwd_bwd", verify.value_form(op)):
+    for form in ("fwd_bwd", value_form(op)):
         found = verify.compare(op, "triton", case, form)
         assert found.agrees, (form, found)
 

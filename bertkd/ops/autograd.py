@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from bertkd.ops.dispatch import unavailable
 from bertkd.ops.rows import weighted
-from bertkd.ops.schema import LEAVES_ROWS_OUT, OPS
+from bertkd.ops.schema import LEAVES_ROWS_OUT, OPS, value_form
 
 Arg = Tensor | Sequence[Tensor] | float | None
 
@@ -212,7 +212,7 @@ def _divided(weight: Tensor, divisor: Tensor) -> Tensor:
 def _sum_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:
     if not _needs_grad(flat, wrt):
         with torch.no_grad():
-            if f"{op}_rows" in OPS:
+            if value_form(op) == "rows":
                 return weighted(_rows(op, impl, flat, row_weight), row_weight).sum()
             return OPS[f"{op}_sum"](row_weight, *_pack(flat, groups), impl)
     return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)

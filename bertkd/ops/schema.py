@@ -67,6 +67,11 @@ FORMS = ("rows", "sum", "fwd_bwd")
 LEAVES_ROWS_OUT = ("linear_kl",)
 
 
+def value_form(op: str) -> str:
+    """The form of an op that gives its value without gradients."""
+    return "rows" if f"{op}_rows" in SCHEMAS else "sum"
+
+
 def _loss(like: Tensor, *tensors: Tensor | None) -> Tensor:
     return like.new_empty((), dtype=compute_dtype(like, *tensors))
 

@@ -124,11 +124,6 @@ def random_case(
     raise ValueError(f"there is no random case for op {op!r}")
 
 
-def value_form(op: str) -> str:
-    """The form of an op that gives its value without gradients."""
-    return "sum" if op.startswith("hidden") else "rows"
-
-
 def compare(op: str, impl: str, case: Sequence[Any], form: str = "fwd_bwd") -> Comparison:
     """Run ``<op>_<form>`` of ``impl`` and of chunked on a case, and chunked in float64 as the truth.
 
