@@ -7,6 +7,7 @@ from tiny_task import review_rows, save_csv, save_reviews, save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bertkd.cli.main import main
+from bertkd.distiller import Distiller
 
 FAST = ["--log_with", "none", "--max_length", "16", "--batch_size", "16"]
 FAST += ["--eval_every", "1000", "--save_every", "1000"]
@@ -96,7 +97,17 @@ def test_distill_from_start_to_a_loadable_student(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_checkpoint_in_half_precision_is_trained_in_float32(place, tmp_path, precision):
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(
+    place, tmp_path, precision, monkeypatch
+):
+    taught = []
+    build = Distiller.__init__
+
+    def note(self, teacher, *args, **options):
+        taught.append(teacher.dtype)
+        build(self, teacher, *args, **options)
+
+    monkeypatch.setattr(Distiller, "__init__", note)
     teacher, tokenizer = str(tmp_path / "half"), AutoTokenizer.from_pretrained(place["teacher"])
     half = AutoModelForSequenceClassification.from_pretrained(place["teacher"]).bfloat16()
     half.save_pretrained(teacher)
@@ -105,6 +116,7 @@ def test_a_checkpoint_in_half_precision_is_trained_in_float32(place, tmp_path, p
     words = ["--task", place["task"], "--objective", "kd + att_kl + hid_seq", "--steps", "4"]
     words += ["--teacher", teacher, "--layers", "uniform:2", "--teacher_precision", precision]
     assert main(["distill", *words, "--output_dir", str(tmp_path / "out"), *FAST]) == 0
+    assert set(taught) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     words = ["--model", teacher, "--task", place["task"], "--steps", "4"]
     assert main(["finetune", *words, "--output_dir", str(tmp_path / "tuned"), *FAST]) == 0
     for folder in ("out", "tuned"):

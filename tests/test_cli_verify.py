@@ -30,6 +30,19 @@ def test_a_wrong_result_is_named_and_fails(capsys, monkeypatch):
     assert "2 of 2 results are wrong" in captured.err
 
 
+@pytest.mark.parametrize("wrong", ["fwd_bwd", "rows"])
+def test_either_form_counts(wrong, capsys, monkeypatch):
+    real = verify.compare
+
+    def compare(op, impl, case, form):
+        found = real(op, impl, case, form)
+        return found._replace(error=0.5) if form == wrong else found
+
+    monkeypatch.setattr(verify, "compare", compare)
+    assert main(SMALL) == 1
+    assert "2 of 2 results are wrong" in capsys.readouterr().err
+
+
 def test_a_kernel_that_raises_is_a_finding_too(capsys, monkeypatch):
     def compare(*_):
         raise RuntimeError("no kernel image for this device")
