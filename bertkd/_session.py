@@ -83,11 +83,10 @@ class Session:
         for config in configs.values():
             undo.enter_context(intercept(config, self.instead_of_sdpa))
         _listen(undo, base, _STARTS, self.begin)
-        for module in dict.fromkeys(attentions):
-            tap = _AttentionTap(self, _places(module, attentions))
-            _listen(undo, module, LISTENERS, tap)
+        for module, indices in _places(attentions).items():
+            _listen(undo, module, LISTENERS, _AttentionTap(self, indices))
 
-        outputs = {block: _places(block, blocks, first=1) for block in blocks}
+        outputs = _places(blocks, first=1)
         if (norm := last_norm(model)) is not None:
             outputs |= {blocks[-1]: (), norm: (len(blocks),)}
         _listen(undo, blocks[0], _INPUTS, _StateTap(self, (0,)))
@@ -165,8 +164,12 @@ class _StateTap(_Tap):
             self.session.note_state(index, state)
 
 
-def _places(module: nn.Module, modules: Iterable[nn.Module], first: int = 0) -> tuple[int, ...]:
-    return tuple(i for i, other in enumerate(modules, first) if other is module)
+def _places(modules: Iterable[nn.Module], first: int = 0) -> dict[nn.Module, tuple[int, ...]]:
+    """Where each module stands among ``modules``, counted from ``first``; a shared one in several places."""
+    places: dict[nn.Module, tuple[int, ...]] = {}
+    for index, module in enumerate(modules, first):
+        places[module] = (*places.get(module, ()), index)
+    return places
 
 
 def _listen(undo: ExitStack, module: nn.Module, kind: str, listener: Any) -> None:

@@ -79,7 +79,7 @@ class Capture:
             ValueError: the model trains with reentrant gradient checkpointing.
             RuntimeError: something wanted did not come by.
         """
-        with self._session(stop_early and self._can_stop()) as recording, suppress(Stop):
+        with self._session(stop_early) as recording, suppress(Stop):
             recording.output = self.model(*args, **kwargs)
         return recording
 
@@ -94,8 +94,18 @@ class Capture:
 
     @contextmanager
     def _session(self, stop: bool) -> Iterator[Recording]:
-        self._refuse_reentrant()
-        instead = None if self._checkpointing_functions() else self.instead_of_sdpa
+        blocks = block_list(self.model)
+        checkpointing = [
+            block._gradient_checkpointing_func
+            for block in blocks
+            if block.training and getattr(block, "gradient_checkpointing", False)
+        ]
+        _refuse_reentrant(checkpointing)
+        instead = None if checkpointing else self.instead_of_sdpa
+        # An abandoned forward would leave a distributed wrapper in the middle of its bookkeeping,
+        # and a checkpoint with its hooks on saved tensors.
+        modules = (self.model, base_model(self.model), *blocks)
+        stop = stop and not checkpointing and not any(map(_is_distributed, modules))
         session = Session(self.blocks, self.states, stop, instead, self.parts)
         try:
             session.attach(self.model)
@@ -108,35 +118,24 @@ class Capture:
                 "attention does not go through transformers' AttentionInterface."
             )
 
-    def _can_stop(self) -> bool:
-        # An abandoned forward would leave a distributed wrapper in the middle of its bookkeeping,
-        # and a checkpoint with its hooks on saved tensors.
-        modules = (self.model, base_model(self.model), *block_list(self.model))
-        return not any(map(_is_distributed, modules)) and not self._checkpointing_functions()
 
-    def _refuse_reentrant(self) -> None:
-        if not torch.is_grad_enabled():
-            return
-        for function in self._checkpointing_functions():
-            # Checkpointing is reentrant unless it is told not to be.
-            if getattr(function, "keywords", {}).get("use_reentrant") is not False:
-                raise ValueError(
-                    "reentrant gradient checkpointing hides gradients from captured tensors. Use "
-                    'model.gradient_checkpointing_enable({"use_reentrant": False}).'
-                )
-
-    def _checkpointing_functions(self) -> list[Any]:
-        return [
-            block._gradient_checkpointing_func
-            for block in block_list(self.model)
-            if block.training and getattr(block, "gradient_checkpointing", False)
-        ]
+def _refuse_reentrant(checkpointing: Iterable[Any]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for function in checkpointing:
+        # Checkpointing is reentrant unless it is told not to be.
+        if getattr(function, "keywords", {}).get("use_reentrant") is not False:
+            raise ValueError(
+                "reentrant gradient checkpointing hides gradients from captured tensors. Use "
+                'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+            )
 
 
 def _is_distributed(module: nn.Module) -> bool:
     # By name, so that FSDP need not be imported.
-    names = {cls.__name__ for cls in type(module).__mro__}
-    return not names.isdisjoint({"FSDPModule", "DistributedDataParallel"})
+    return any(
+        cls.__name__ in ("FSDPModule", "DistributedDataParallel") for cls in type(module).__mro__
+    )
 
 
 def _indices(argument: str, values: Iterable[int], last: int) -> frozenset[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from bertkd import cpu_attention
 from bertkd.capture import Capture, Recording
-from bertkd.encoders import unwrap
+from bertkd.encoders import is_compiled, unwrap
 from bertkd.errors import NonFiniteError, unknown_name
 from bertkd.layer_maps import MapSpec
 from bertkd.objectives import Expression, Needs, Objective, StepContext, build_objective
@@ -50,6 +51,9 @@ class Distiller(nn.Module):
     further than its last matched layer when no logits are needed, so some student parameters (head,
     pooler, upper layers) get no gradient then: wrap in DDP with ``find_unused_parameters=True``
     unless ``uses_student_logits``.
+
+    Under autocast the student runs as autocast has it, and so does a teacher in float32. A teacher that was loaded
+    in half precision runs in that, as it would on its own.
 
     Example::
 
@@ -146,6 +150,8 @@ class Distiller(nn.Module):
         self.objective.redraw()
         needs = self.objective.needs()
         check_batch(batch, needs, self.objective)
+        if self._has_no_pads(batch):
+            batch = {name: column for name, column in batch.items() if name != "attention_mask"}
         teacher = self._record_teacher(batch, needs)
         student = self._record(
             self.student, batch, needs.student_blocks, needs.student_states, needs.student_logits
@@ -261,15 +267,34 @@ class Distiller(nn.Module):
         config: Any = unwrap(model).config
         return self._instead_of_sdpa(model) or config._attn_implementation or "eager"
 
+    def _has_no_pads(self, batch: Mapping[str, Any]) -> bool:
+        """Whether all tokens are real, where asking costs nothing: both models would ask the device for themselves.
+
+        Without a mask neither does. The second would wait until the first has run to its end, and leave a GPU
+        without work meanwhile.
+        """
+        mask = batch.get("attention_mask")
+        if mask is None or torch.compiler.is_compiling():
+            return False
+        for model in (self.teacher, self.student):
+            if is_compiled(model) or self._attention_of(model) not in ("sdpa", cpu_attention.NAME):
+                return False
+        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        return bool(mask.all())
+
     def _record_teacher(self, batch: Mapping[str, Any], needs: Needs) -> Recording:
         if not (needs.teacher_blocks or needs.teacher_states or needs.teacher_logits):
             return Recording()
-        if any(module.training for module in self.teacher.modules()):
-            self.teacher.eval()
         device = batch["input_ids"].device
         if next(self.teacher.parameters()).device != device:
             self._teacher[0].to(device)
-        with torch.no_grad():
+        training, half = _look_over(self.teacher)
+        if training:
+            self.teacher.eval()
+        # Autocast would take a teacher in half precision back to float32 at every norm.
+        precision = torch.autocast(device.type, enabled=False) if half else nullcontext()
+        with torch.no_grad(), precision:
             return self._record(
                 self.teacher,
                 batch,
@@ -296,6 +321,26 @@ class Distiller(nn.Module):
             instead_of_sdpa=self._instead_of_sdpa(model),
         )
         return capture(stop_early=not logits, **model_inputs(model, batch))
+
+
+def _look_over(model: nn.Module) -> tuple[bool, bool]:
+    """Whether some module is in training mode, and whether all weights are in half precision.
+
+    By hand, as ``modules()`` and ``parameters()`` take several times as long: this is looked up at every step.
+    """
+    training, half = False, True
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None:
+            training = training or module.training
+            waiting.extend(module._modules.values())
+            for weight in module._parameters.values():
+                half = half and (weight is None or weight.dtype in _HALVES)
+    return training, half
+
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def _logits(recording: Recording, side: Side) -> Tensor:

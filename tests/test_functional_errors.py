@@ -17,7 +17,28 @@ H = torch.randn(2, 6, 8)
             lambda: functional.attention_kl(Q, Q.long(), Q, Q),
             "b_s must be floating point, got torch.int64",
         ),
-        (lambda: functional.attention_kl(Q, [1.0], Q, Q), "b_s must be a tensor, got list"),
+        (lambda: functional.attention_kl(Q, 1.0, Q, Q), "b_s must be a tensor, got float"),
+        (
+            lambda: functional.attention_kl(Q, [Q], Q, Q),
+            "four sequences .* got a tensor, a sequence of 1, a tensor, a tensor",
+        ),
+        (
+            lambda: functional.attention_mse([Q, Q], [Q, Q], [Q], [Q]),
+            "q_s, k_s, q_t, k_t must be four tensors, .* of 2, a sequence of 2, a sequence of 1",
+        ),
+        (lambda: functional.attention_kl([], [], [], []), "got a sequence of 0"),
+        (
+            lambda: functional.attention_kl([Q, Q], [Q, None], [Q, Q], [Q, Q]),
+            r"b_s\[1\] must be a tensor, got NoneType",
+        ),
+        (
+            lambda: functional.attention_kl([Q, Q], [Q, Q], [Q, Q[..., :4]], [Q, Q[..., :4]]),
+            r"one shape, got .* for a_t\[0\] and .* for a_t\[1\]",
+        ),
+        (
+            lambda: functional.attention_kl([Q, Q], [Q, Q], [Q, Q], [Q, Q], reduction="none"),
+            "takes one block per call, got 2",
+        ),
         (lambda: functional.attention_kl(Q, Q[..., :4], Q, Q), "student must have one shape"),
         (
             lambda: functional.attention_kl(Q, Q, Q[:, :2], Q[:, :2]),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from bertkd import reference
-from bertkd.ops.autograd import row_loss, sum_loss
+from bertkd.ops.autograd import row_loss, total_loss
 from bertkd.ops.checks import (
     check_attention,
     check_number,
@@ -19,12 +20,15 @@ from bertkd.ops.checks import (
 from bertkd.ops.dispatch import requested
 from bertkd.ops.rows import as_mask, row_weights
 
+Blocks = Tensor | Sequence[Tensor]
+Block = tuple[Tensor, Tensor, Tensor, Tensor]  # a and b of the student, a and b of the teacher
+
 
 def relation_kl(
-    a_s: Tensor,
-    b_s: Tensor,
-    a_t: Tensor,
-    b_t: Tensor,
+    a_s: Blocks,
+    b_s: Blocks,
+    a_t: Blocks,
+    b_t: Blocks,
     mask: Tensor | None = None,
     *,
     scale_s: float | None = None,
@@ -46,16 +50,20 @@ def relation_kl(
         log_p_s = log_softmax(a_s @ b_s.mT * scale_s / temperature, -1)
         kl_div(log_p_s, p_t, reduction="none").sum(-1).mean()
 
+    For several blocks to the sum over them, which costs less than as many calls: masks and weights are looked at
+    once.
+
     Args:
-        a_s, b_s: student (B, H, L, D_s), e.g. queries and keys; strided views are welcome.
-        a_t, b_t: teacher (B, H, L, D_t).
+        a_s, b_s: student (B, H, L, D_s), e.g. queries and keys, or a sequence of such tensors, one a block; strided
+            views are welcome.
+        a_t, b_t: teacher (B, H, L, D_t), or as many.
         mask: (B, L), 1 = real token.
         scale_s, scale_t: factors on the scores; 1/sqrt(D) of the (re-split) heads by default.
         temperature: divides both sides' scores.
         t_squared: multiply the loss by ``temperature ** 2``.
         relation_heads: concatenate the heads and re-split them into this many on either side; makes
             H_s != H_t work.
-        row_weight, count_pads, reduction, impl: see the module.
+        row_weight, count_pads, reduction, impl: see the module; ``"none"`` is for one block.
         min_prob: the released code's clamp of the student's probabilities (1e-7); eager only.
 
     Returns:
@@ -69,12 +77,11 @@ def relation_kl(
     """
     op = "relation_kl"
     check_options(op, reduction, temperature)
-    check_tensors(op, 4, a_s=a_s, b_s=b_s, a_t=a_t, b_t=b_t)
     option = {} if min_prob is None else {"min_prob": min_prob}
     loss = _attention_loss(
         op,
         reference.relation_kl_rows,
-        (a_s, b_s, a_t, b_t),
+        {"a_s": a_s, "b_s": b_s, "a_t": a_t, "b_t": b_t},
         mask,
         (scale_s, scale_t),
         relation_heads,
@@ -90,7 +97,7 @@ def relation_kl(
 
 
 def attention_kl(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mask: Tensor | None = None, **options
+    q_s: Blocks, k_s: Blocks, q_t: Blocks, k_t: Blocks, mask: Tensor | None = None, **options
 ) -> Tensor:
     """KL divergence between attention maps, KL(teacher || student), mean over rows and heads ("Att-KL").
 
@@ -100,7 +107,7 @@ def attention_kl(
     return relation_kl(q_s, k_s, q_t, k_t, mask, **options)
 
 
-def value_relation_kl(v_s: Tensor, v_t: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+def value_relation_kl(v_s: Blocks, v_t: Blocks, mask: Tensor | None = None, **options) -> Tensor:
     """KL divergence between value relations softmax(V V^T / sqrt(D)) ("Val-KL").
 
     ``relation_kl`` of the values with themselves, (B, H, L, D_s) and (B, H, L, D_t); see there for
@@ -110,10 +117,10 @@ def value_relation_kl(v_s: Tensor, v_t: Tensor, mask: Tensor | None = None, **op
 
 
 def attention_mse(
-    q_s: Tensor,
-    k_s: Tensor,
-    q_t: Tensor,
-    k_t: Tensor,
+    q_s: Blocks,
+    k_s: Blocks,
+    q_t: Blocks,
+    k_t: Blocks,
     mask: Tensor | None = None,
     *,
     scale_s: float | None = None,
@@ -127,14 +134,15 @@ def attention_mse(
 ) -> Tensor:
     """Mean squared difference of scaled attention scores over real (row, key) pairs ("Att-MSE").
 
-    Equivalent, without masks, to ``mse_loss(q_s @ k_s.mT * scale_s, q_t @ k_t.mT * scale_t)``.
+    Equivalent, without masks, to ``mse_loss(q_s @ k_s.mT * scale_s, q_t @ k_t.mT * scale_t)``; for several blocks to
+    the sum over them.
 
     Args:
-        q_s, k_s: student (B, H, L, D_s).
-        q_t, k_t: teacher (B, H, L, D_t).
+        q_s, k_s: student (B, H, L, D_s), or a sequence of such tensors, one a block.
+        q_t, k_t: teacher (B, H, L, D_t), or as many.
         mask: (B, L), 1 = real token.
         scale_s, scale_t, relation_heads: as in ``relation_kl``.
-        row_weight, reduction, impl: see the module; ``"none"`` is every row's mean over its keys.
+        row_weight, reduction, impl: see the module; ``"none"`` is every row's mean over its keys, for one block.
         count_pads: pad rows count, and the mean is over B H L^2 pairs, pad keys counted as 0.
         min_score: scores at or below it count as 0 (the released code's -1e2); eager only.
 
@@ -148,11 +156,10 @@ def attention_mse(
     """
     op = "attention_mse"
     check_options(op, reduction)
-    check_tensors(op, 4, q_s=q_s, k_s=k_s, q_t=q_t, k_t=k_t)
     return _attention_loss(
         op,
         reference.attention_mse_rows,
-        (q_s, k_s, q_t, k_t),
+        {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t},
         mask,
         (scale_s, scale_t),
         relation_heads,
@@ -169,7 +176,7 @@ def attention_mse(
 def _attention_loss(
     op: str,
     eager_rows: Callable[..., Tensor],
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    tensors: dict[str, Blocks],
     mask: Tensor | None,
     scales: tuple[float | None, float | None],
     relation_heads: int | None,
@@ -183,16 +190,20 @@ def _attention_loss(
     eager_option: dict[str, float],
 ) -> Tensor:
     """Checks, head re-split, choice of implementation and reduction of both attention ops."""
-    a_s, b_s, a_t, b_t = tensors
     for name, scale in zip(("scale_s", "scale_t"), scales, strict=True):
         if scale is not None:
             check_number(op, name, scale)
+    given = _blocks(op, tensors)
+    if len(given) > 1 and reduction == "none":
+        raise ValueError(
+            f"{op}: reduction='none' takes one block per call, got {len(given)}. Call once per block."
+        )
     # A relation of one tensor with itself has symmetric scores, and one gradient.
-    of_itself = op == "relation_kl" and a_s is b_s and a_t is b_t
-    regroup = partial(regroup_heads, op, relation_heads=relation_heads)
-    a_s, b_s = regroup("the student", a_s), regroup("the student", b_s)
-    a_t, b_t = regroup("the teacher", a_t.detach()), regroup("the teacher", b_t.detach())
-    check_attention(op, student=(a_s, b_s), teacher=(a_t, b_t))
+    of_itself = op == "relation_kl" and all(
+        a_s is b_s and a_t is b_t for a_s, b_s, a_t, b_t in given
+    )
+    blocks = [_heads(op, block, relation_heads) for block in given]
+    a_s, _, a_t, _ = blocks[0]
     batch, heads, length, _ = a_s.shape
     rows = (batch, length)
     mask = as_mask(op, mask, a_s, rows)
@@ -200,7 +211,7 @@ def _attention_loss(
         (x.shape[-1] ** -0.5 if scale is None else scale) / temperature
         for scale, x in zip(scales, (a_s, a_t), strict=True)
     )
-    dtype = reference.compute_dtype(*tensors)
+    dtype = reference.compute_dtype(*(x for block in blocks for x in block))
     impl = requested(impl, next(iter(eager_option), None))
     weight, count = row_weights(
         op, rows, None if count_pads else mask, row_weight, dtype=dtype, device=a_s.device
@@ -217,18 +228,56 @@ def _attention_loss(
 
     if impl != "eager":
         name = "self_relation_kl" if of_itself else op
-        sides = [a_s, a_t] if of_itself else [a_s, b_s, a_t, b_t]
-        args, wrt = (*sides, mask, scale_s, scale_t), range(len(sides) // 2)
+        calls = [(*block[:: 1 + of_itself], mask, scale_s, scale_t) for block in blocks]
+        wrt = range(2 - of_itself)
         if reduction != "none":
-            return sum_loss(name, impl, weight, args, wrt, divisor)
-        loss = row_loss(name, impl, weight, args, wrt)
+            return total_loss(name, impl, weight, calls, wrt, divisor)
+        loss = row_loss(name, impl, weight, calls[0], wrt)
     else:
-        loss = weight * eager_rows(
-            a_s, b_s, a_t, b_t, mask, scale_s=scale_s, scale_t=scale_t, **eager_option
-        )
+        every = [
+            eager_rows(*block, mask, scale_s=scale_s, scale_t=scale_t, **eager_option)
+            for block in blocks
+        ]
+        loss = weight * (every[0] if len(every) == 1 else torch.stack(every).sum(0))
     if reduction == "none":
         return loss if keys is None else loss / keys.clamp_min(1.0)[:, None, None]
     return loss.sum() if divisor is None else loss.sum() / divisor
+
+
+def _blocks(op: str, tensors: dict[str, Blocks]) -> list[Block]:
+    """The four tensors of every block, checked."""
+    names, given = tuple(tensors), tuple(tensors.values())
+    counts = [len(x) if isinstance(x, (list, tuple)) else None for x in given]
+    if counts == [None] * 4:
+        single = cast(Block, given)
+        check_tensors(op, 4, **dict(zip(names, single, strict=True)))
+        return [single]
+    if None in counts or 0 in counts or len(set(counts)) > 1:
+        found = ["a tensor" if count is None else f"a sequence of {count}" for count in counts]
+        raise ValueError(
+            f"{op}: {', '.join(names)} must be four tensors, or four sequences with a tensor for each block, got "
+            f"{', '.join(found)}."
+        )
+    blocks = [cast(Block, block) for block in zip(*given, strict=True)]
+    for index, block in enumerate(blocks):
+        check_tensors(
+            op, 4, **{f"{name}[{index}]": x for name, x in zip(names, block, strict=True)}
+        )
+        for name, x, first in zip(names, block, blocks[0], strict=True):
+            if x.shape != first.shape:
+                raise ValueError(
+                    f"{op}: blocks must have one shape, got {tuple(first.shape)} for {name}[0] and {tuple(x.shape)} "
+                    f"for {name}[{index}]. Call once per shape."
+                )
+    return blocks
+
+
+def _heads(op: str, block: Block, relation_heads: int | None) -> Block:
+    """A block with its heads re-split, if they are to be, and the teacher cut off from the graph."""
+    a_s, b_s = (regroup_heads(op, "the student", x, relation_heads) for x in block[:2])
+    a_t, b_t = (regroup_heads(op, "the teacher", x.detach(), relation_heads) for x in block[2:])
+    check_attention(op, student=(a_s, b_s), teacher=(a_t, b_t))
+    return a_s, b_s, a_t, b_t
 
 
 def _key_count(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -57,6 +58,22 @@ class AttentionTerm(MappedTerm):
                 "global blocks to global ones where the difference matters",
                 stacklevel=2,
             )
+
+    def own_scales(self, step: StepContext) -> tuple[float | None, float | None]:
+        """The models' own factors on the scores, the same for all blocks; None leaves re-split heads theirs.
+
+        Raises:
+            ValueError: a model's blocks have different factors.
+        """
+        if self.relation_heads is not None:
+            return None, None
+        found = {(step.student.scale[s], step.teacher.scale[t]) for s, t in self.pairs}
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.name} compares blocks with one softmax scale a model, got (student, teacher) "
+                f"{sorted(found)}; write a term for the blocks of each"
+            )
+        return found.pop()
 
     def need_eager(self, option: str, impl: str | None) -> None:
         """Refuse an explicit ``impl`` that has no released clamp, and use eager otherwise."""
@@ -147,23 +164,21 @@ class RelationTerm(AttentionTerm):
                 raise ValueError(f"min_prob must be a probability below 1, got {min_prob!r}")
             self.need_eager("min_prob", heads.get("impl"))
 
-    def relation(
+    def relations(
         self,
         step: StepContext,
-        pair: tuple[int, int],
-        names: str,
+        wanted: Sequence[tuple[tuple[int, int], str]],
         *,
         masked: bool = True,
         scales: tuple[float | None, float | None] = (None, None),
     ) -> Tensor:
-        """KL of one relation, ``names`` being two of q, k, v."""
+        """Sum (or mean) of the KLs of relations, each a pair of blocks and two of q, k, v."""
         ours, theirs = step.student, step.teacher
-        x, y, (s, t) = names[0], names[1], pair
-        return functional.relation_kl(
-            getattr(ours, x)[s],
-            getattr(ours, y)[s],
-            getattr(theirs, x)[t],
-            getattr(theirs, y)[t],
+        total = functional.relation_kl(
+            [getattr(ours, names[0])[s] for (s, _), names in wanted],
+            [getattr(ours, names[1])[s] for (s, _), names in wanted],
+            [getattr(theirs, names[0])[t] for (_, t), names in wanted],
+            [getattr(theirs, names[1])[t] for (_, t), names in wanted],
             step.mask if masked else None,
             scale_s=scales[0],
             scale_t=scales[1],
@@ -174,3 +189,4 @@ class RelationTerm(AttentionTerm):
             min_prob=self.min_prob,
             impl=self.impl,
         )
+        return total if self.reduction == "sum" else total / len(wanted)

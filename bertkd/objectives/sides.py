@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -110,7 +111,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor
     ``token_type_ids`` are left out for models with a single type (RoBERTa), which cannot embed others.
     """
     inner = unwrap(model)
-    names = inspect.signature(inner.forward).parameters
+    names = _arguments_of(inner.forward)
     one_type = getattr(inner.config, "type_vocab_size", 2) in (0, 1)
     return {
         key: value
@@ -120,6 +121,19 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor
         and isinstance(value, torch.Tensor)
         and not (one_type and key == "token_type_ids")
     }
+
+
+def _arguments_of(forward: Any) -> frozenset[str]:
+    """Names of a forward's arguments; those of a class's own method are looked up once, as that takes time."""
+    function = getattr(forward, "__func__", None)
+    if function is None:
+        return frozenset(inspect.signature(forward).parameters)
+    return _arguments_of_method(function)
+
+
+@functools.lru_cache(maxsize=64)
+def _arguments_of_method(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _head(inner: Any) -> str:

@@ -43,25 +43,24 @@ class AttMSE(AttentionTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step."""
-        return self.over_pairs(self._pair(step, s, t) for s, t in self.pairs)
-
-    def _pair(self, step: StepContext, s: int, t: int) -> Tensor:
-        self.warn_of_window(step, (s, t))
+        for pair in self.pairs:
+            self.warn_of_window(step, pair)
         ours, theirs = step.student, step.teacher
-        own_scale = self.relation_heads is None
-        return functional.attention_mse(
-            ours.q[s],
-            ours.k[s],
-            theirs.q[t],
-            theirs.k[t],
+        scale_s, scale_t = self.own_scales(step)
+        total = functional.attention_mse(
+            [ours.q[s] for s, _ in self.pairs],
+            [ours.k[s] for s, _ in self.pairs],
+            [theirs.q[t] for _, t in self.pairs],
+            [theirs.k[t] for _, t in self.pairs],
             step.mask,
-            scale_s=ours.scale[s] if own_scale else None,
-            scale_t=theirs.scale[t] if own_scale else None,
+            scale_s=scale_s,
+            scale_t=scale_t,
             relation_heads=self.relation_heads,
             count_pads=self.count_pads,
             min_score=self.min_score,
             impl=self.impl,
         )
+        return total if self.reduction == "sum" else total / len(self.pairs)
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: all maps and one difference per pair; fused: teacher q, k and gradients."""
@@ -88,17 +87,10 @@ class AttKL(RelationTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step, each side with its model's own scale."""
-        return self.over_pairs(
-            self.relation(step, pair, "qk", scales=self._scales(step, pair)) for pair in self.pairs
-        )
-
-    def _scales(
-        self, step: StepContext, pair: tuple[int, int]
-    ) -> tuple[float | None, float | None]:
-        self.warn_of_window(step, pair)
-        if self.relation_heads is not None:
-            return None, None
-        return step.student.scale[pair[0]], step.teacher.scale[pair[1]]
+        for pair in self.pairs:
+            self.warn_of_window(step, pair)
+        wanted = [(pair, "qk") for pair in self.pairs]
+        return self.relations(step, wanted, scales=self.own_scales(step))
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: all maps and two log-softmaxes per pair; fused: teacher q, k and gradients."""

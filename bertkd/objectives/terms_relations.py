@@ -53,10 +53,8 @@ class ValKL(RelationTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step."""
-        return self.over_pairs(
-            self.relation(step, pair, "vv", masked=self.masked, scales=self._scales)
-            for pair in self.pairs
-        )
+        wanted = [(pair, "vv") for pair in self.pairs]
+        return self.relations(step, wanted, masked=self.masked, scales=self._scales)
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: scores and log-softmax of both sides per pair; fused: the teacher's v and a gradient."""
@@ -119,10 +117,8 @@ class QKVKL(RelationTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The sum of the three relations' losses."""
-        pair = self.pairs[0]
-        return self.over_pairs(
-            self.relation(step, pair, names, masked=self.masked) for names in ("qq", "kk", "vv")
-        )
+        wanted = [(self.pairs[0], names) for names in ("qq", "kk", "vv")]
+        return self.relations(step, wanted, masked=self.masked)
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: scores and log-softmax of both sides, three times; fused: theirs, and gradients."""

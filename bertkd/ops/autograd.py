@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import wraps
 from typing import Any
 
@@ -109,14 +109,19 @@ def _place(grads: Sequence[Any], wrt: Sequence[int], args: Sequence[Any]) -> lis
 
 
 class SumLoss(torch.autograd.Function):
-    """Weighted sum of an op's rows; the gradient comes from the same visit and waits for its factor."""
+    """Weighted sum of an op's rows, over one call or several; the gradients come from the same visits and wait for
+    their factor."""
 
     @staticmethod
     def forward(ctx, op, impl, wrt, groups, row_weight, *args):
-        loss, *grads = OPS[f"{op}_fwd_bwd"](row_weight, *_pack(args, groups), impl)
-        placed = _place(grads, wrt, args)
+        losses: list[Tensor] = []
+        placed: list[Tensor | None] = []
+        for call in _calls(args, groups):
+            loss, *grads = OPS[f"{op}_fwd_bwd"](row_weight, *_pack(call, groups), impl)
+            losses.append(loss)
+            placed += _place(grads, wrt, call)
         ctx.save_for_backward(*placed)
-        return loss
+        return _total(losses)
 
     @staticmethod
     @first_order
@@ -127,6 +132,16 @@ class SumLoss(torch.autograd.Function):
             return None, None, None, None, None, *ctx.saved_tensors
         grads = [None if g is None else _scaled(g, grad_loss, last) for g in ctx.saved_tensors]
         return None, None, None, None, None, *grads
+
+
+def _calls(flat: Sequence[Any], groups: Sequence[int]) -> Iterator[Sequence[Any]]:
+    """The flattened arguments of every call, of calls that are grouped alike."""
+    size = sum(group or 1 for group in groups)
+    return (flat[at : at + size] for at in range(0, len(flat), size))
+
+
+def _total(losses: list[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _rows(op: str, impl: str, args: Sequence[Arg], row_weight: Tensor) -> Tensor:
@@ -188,15 +203,35 @@ def sum_loss(
             returns their gradients.
         divisor: of a mean, a 0-d tensor; 1 if None.
     """
-    flat, groups = _flatten(args)
+    return total_loss(op, impl, row_weight, [args], wrt, divisor)
+
+
+def total_loss(
+    op: str,
+    impl: str,
+    row_weight: Tensor,
+    calls: Sequence[Sequence[Arg]],
+    wrt: Sequence[int],
+    divisor: Tensor | None = None,
+) -> Tensor:
+    """The sum of ``sum_loss`` over several calls' arguments, with the same weights and divisor for all.
+
+    Args:
+        calls: the ``args`` of every call, grouped alike: lists of states are of one length.
+    """
+    flattened = [_flatten(args) for args in calls]
+    flat = [x for of_call, _ in flattened for x in of_call]
+    groups = flattened[0][1]
     _refuse_tangents(op, flat)
     if divisor is not None and not any(
-        flat[i] is not None and flat[i].dtype == torch.float16 for i in wrt
+        call[i] is not None and call[i].dtype == torch.float16
+        for call in _calls(flat, groups)
+        for i in wrt
     ):
         # In the weights it costs no pass over the gradients, and these are rounded once. Float16 has no
         # room for the gradients of a mean: there they are divided in float32, together with the loss scale.
         row_weight, divisor = _divided(row_weight, divisor), None
-    loss = _sum_loss(op, impl, row_weight, flat, groups, wrt)
+    loss = _total_loss(op, impl, row_weight, flat, groups, wrt)
     return loss if divisor is None else loss / divisor
 
 
@@ -209,13 +244,18 @@ def _divided(weight: Tensor, divisor: Tensor) -> Tensor:
     return (once / divisor).expand(weight.shape)
 
 
-def _sum_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:
-    if not _needs_grad(flat, wrt):
-        with torch.no_grad():
-            if value_form(op) == "rows":
-                return weighted(_rows(op, impl, flat, row_weight), row_weight).sum()
-            return OPS[f"{op}_sum"](row_weight, *_pack(flat, groups), impl)
-    return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)
+def _total_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:
+    calls = list(_calls(flat, groups))
+    if any(_needs_grad(call, wrt) for call in calls):
+        return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)
+    with torch.no_grad():
+        return _total([_value(op, impl, row_weight, call, groups) for call in calls])
+
+
+def _value(op, impl, row_weight, flat, groups) -> Tensor:
+    if value_form(op) == "rows":
+        return weighted(_rows(op, impl, flat, row_weight), row_weight).sum()
+    return OPS[f"{op}_sum"](row_weight, *_pack(flat, groups), impl)
 
 
 def row_loss(

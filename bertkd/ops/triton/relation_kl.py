@@ -63,12 +63,9 @@ def relation_kl_fwd_bwd(
         grad_a, grad_b = torch.empty_like(sides[0]), torch.empty_like(sides[1])
         extents = extents_of(mask, row_weight, a_s)
         if config is None:
-            stats = torch.empty((4, *row_weight.shape), dtype=torch.float32, device=a_s.device)
-            scales = scale_s, scale_t
-            sums = rows_launch(
-                "grad_rows", sides, mask, row_weight, extents, stats, *scales, grad_a
+            loss = tiled_launches(
+                sides, mask, row_weight, extents, (grad_a, grad_b), scale_s, scale_t
             )
-            loss = sums.sum() + keys_launch(sides, mask, extents, stats, grad_b, *scales).sum()
         else:
             loss = _short_launch(
                 config, sides, mask, row_weight, extents, grad_a, grad_b, scale_s, scale_t
@@ -83,6 +80,38 @@ def positive_sides(a_s, b_s, a_t, b_t, scale_s: float, scale_t: float) -> Sides:
     return unit_stride(a_s), unit_stride(b_s), unit_stride(a_t), unit_stride(b_t)
 
 
+def tiled_launches(
+    sides: Sides,
+    mask: Tensor | None,
+    weight: Tensor,
+    extents: Extents,
+    grads: tuple[Tensor, Tensor],
+    scale_s: float,
+    scale_t: float,
+    *,
+    summed: bool = False,
+) -> Tensor:
+    """Run the row kernel and then the key kernel, which fill the gradients; ``summed``: both roles' in the second.
+
+    Returns:
+        The loss: one sum over the shares of both kernels' blocks.
+    """
+    a_s, _, a_t, _ = sides
+    heads = a_s.shape[0] * a_s.shape[1]
+    of_rows = heads * cdiv(a_s.shape[2], lookup("grad_rows", a_s, a_t).block_m)
+    of_keys = heads * cdiv(a_s.shape[2], lookup("grad_keys", a_s, a_t).block_n)
+    # Kernels are compiled for pointers to multiples of 16 bytes; what the gap then holds is summed too.
+    gap = -of_rows % 4
+    made = torch.zeros if gap else torch.empty
+    shares = made(of_rows + gap + of_keys, dtype=torch.float32, device=a_s.device)
+    stats = torch.empty((4, *weight.shape), dtype=torch.float32, device=a_s.device)
+    scales = scale_s, scale_t
+    rows_launch("grad_rows", sides, mask, weight, extents, stats, *scales, grads[0], shares)
+    other = grads[0] if summed else None
+    keys_launch(sides, mask, extents, stats, grads[1], *scales, shares[of_rows + gap :], other)
+    return shares.sum()
+
+
 def rows_launch(
     form: str,
     sides: Sides,
@@ -93,7 +122,8 @@ def rows_launch(
     scale_s: float,
     scale_t: float,
     grad_a: Tensor | None = None,
-) -> Tensor:
+    shares: Tensor | None = None,
+) -> None:
     """Run the row kernel.
 
     Args:
@@ -101,17 +131,13 @@ def rows_launch(
         weight: (B, H, L), or None for every row's KL.
         out: (B, H, L) for the rows; (4, B, H, L) for the statistics of the rows where there are weights.
         grad_a: to be filled, or None.
-
-    Returns:
-        The rows, or the weighted sums of blocks of rows.
+        shares: to be filled with the weighted sums of blocks of rows where there are weights.
     """
     a_s, b_s, a_t, b_t = sides
     shape = shape_of((a_s, b_s), (a_t, b_t))
     config = lookup(form, a_s, a_t)
     blocks = shape.batch * shape.heads * cdiv(shape.length, config.block_m)
-    rows = out
-    if weight is not None:
-        rows = torch.empty(blocks, dtype=torch.float32, device=a_s.device)
+    rows = out if shares is None else shares
     bits, mask_b, mask_l = mask_arguments(mask, extents.table)
     relation_kl_rows_kernel[(blocks,)](
         *sides,
@@ -140,7 +166,6 @@ def rows_launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return rows
 
 
 def keys_launch(
@@ -151,26 +176,23 @@ def keys_launch(
     grad_b: Tensor,
     scale_s: float,
     scale_t: float,
+    shares: Tensor,
     other: Tensor | None = None,
-) -> Tensor:
-    """Run the key kernel, which fills ``grad_b`` and may add a contiguous fp32 gradient ``other`` to it.
-
-    Returns:
-        Its blocks' shares of the loss.
-    """
+) -> None:
+    """Run the key kernel, which fills ``grad_b`` and its blocks' ``shares`` of the loss; a contiguous fp32 gradient
+    ``other`` is added to ``grad_b``."""
     a_s, b_s, a_t, b_t = sides
     shape = shape_of((a_s, b_s), (a_t, b_t))
     config = lookup("grad_keys", a_s, a_t)
     blocks = shape.batch * shape.heads * cdiv(shape.length, config.block_n)
-    sums = torch.empty(blocks, dtype=torch.float32, device=a_s.device)
     bits, mask_b, mask_l = mask_arguments(mask, extents.table)
     relation_kl_keys_kernel[(blocks,)](
         *sides,
         bits,
         *extents,
         stats,
-        sums if other is None else other,
-        sums,
+        shares if other is None else other,
+        shares,
         grad_b,
         *(stride for x in sides for stride in x.stride()[:3]),
         mask_b,
@@ -189,7 +211,6 @@ def keys_launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return sums
 
 
 def _short_launch(

@@ -17,12 +17,7 @@ from bertkd.ops.triton.attention import (
     shape_of,
 )
 from bertkd.ops.triton.config import TINY, Config, short_config, short_programs
-from bertkd.ops.triton.relation_kl import (
-    keys_launch,
-    positive_sides,
-    relation_kl_rows,
-    rows_launch,
-)
+from bertkd.ops.triton.relation_kl import positive_sides, relation_kl_rows, tiled_launches
 
 __all__ = ["refusal", "self_relation_kl_fwd_bwd", "self_relation_kl_rows"]
 
@@ -57,13 +52,13 @@ def self_relation_kl_fwd_bwd(
             ).sum()
             return loss, laid_out_like(x_s, grad)
         sides = positive_sides(x_s, x_s, x_t, x_t, scale_s, scale_t)
-        stats = torch.empty((4, *row_weight.shape), dtype=torch.float32, device=x_s.device)
         rows_grad = torch.empty(x_s.shape, dtype=torch.float32, device=x_s.device)
         grad = torch.empty_like(sides[1])
-        scales = scale_s, scale_t
-        sums = rows_launch("grad_rows", sides, mask, row_weight, extents, stats, *scales, rows_grad)
-        more = keys_launch(sides, mask, extents, stats, grad, *scales, rows_grad)
-        return sums.sum() + more.sum(), laid_out_like(x_s, grad)
+        grads = rows_grad, grad
+        loss = tiled_launches(
+            sides, mask, row_weight, extents, grads, scale_s, scale_t, summed=True
+        )
+        return loss, laid_out_like(x_s, grad)
 
 
 def _short_launch(
