@@ -41,7 +41,7 @@ gpu-build:  ## csrc for the GPU of this machine alone
 	BERTKD_CUDA_ARCHS=native $(PYTHON) setup.py build_ext --inplace
 
 # Most of the time goes into compiling kernels, so several workers help where pytest-xdist is there.
-WORKERS = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6")
+WORKERS = $(shell $(PYTHON) -c "import os, xdist; print('-n', min(14, os.cpu_count()))" 2>/dev/null)
 
 gpu-test:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_*gpu.py $(WORKERS) $(ARGS)

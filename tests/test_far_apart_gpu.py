@@ -44,10 +44,10 @@ def repeated(arg, rows, times):
 
 LARGE = [
     ("relation_kl", "triton", {"length": 128}),
-    ("relation_kl", "cuda", {"length": 128}),
+    ("relation_kl", "cuda", {"length": 128, "heads": 8}),
     ("relation_kl", "triton", {"length": 512}),
     ("self_relation_kl", "triton", {"length": 128}),
-    ("self_relation_kl", "cuda", {"length": 128}),
+    ("self_relation_kl", "cuda", {"length": 128, "heads": 8}),
     ("self_relation_kl", "triton", {"length": 512}),
     ("attention_mse", "triton", {"length": 128}),
     ("attention_mse", "triton", {"length": 1024}),
@@ -63,9 +63,8 @@ LARGE = [
 
 def wrong_at_full_size(op, impl, sizes):
     """What is wrong with an op on its small case repeated to more than 2^31 elements, or None."""
-    case = verify.random_case(
-        op, [torch.bfloat16] * verify.TENSORS[op], verify.Sizes(batch=3, heads=4, **sizes), "cuda"
-    )
+    sizes = verify.Sizes(**{"batch": 3, "heads": 4, **sizes})
+    case = verify.random_case(op, [torch.bfloat16] * verify.TENSORS[op], sizes, "cuda")
     rows = case[0].shape[0]
     times = -(-(2**31 + 1) // float_tensors(case[1:])[0].numel())
     value, grad, *_ = verify._results(

@@ -19,6 +19,7 @@ from bertkd.ops.schema import OPS
 from bertkd.ops.tensors import laid_out_like
 from bertkd.ops.triton import hidden_mse as mse_launcher
 from bertkd.ops.triton import hidden_proj_mse as proj_launcher
+from bertkd.ops.triton import states
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +64,7 @@ def test_bfloat16(poisoned):
 
 
 def test_states_of_several_dtypes_and_layouts_and_launches(monkeypatch, poisoned):
-    monkeypatch.setattr(mse_launcher, "STATES_PER_LAUNCH", 2)
+    monkeypatch.setattr(states, "TENSORS_PER_LAUNCH", 2)
     whole = randn(6, 4, 20, seed=0)
     students = [whole[:, i] for i in range(3)]  # rows of a longer tensor
     students += [randn(20, 6, seed=1, dtype=HALF).T, randn(1, 20, seed=2).expand(6, 20)]

@@ -24,7 +24,7 @@ def test_multiplies_in_float32_and_rounds_once(shape, dtype):
     factor = torch.tensor(1 / 3, device=DEVICE)
     want = (x.double() * factor.double()).to(dtype)
     assert can_scale(x, factor)
-    assert scale_(x, factor) is x
+    scale_([x], factor)
     torch.testing.assert_close(x, want, rtol=torch.finfo(dtype).eps, atol=0)
 
 
@@ -33,15 +33,27 @@ def test_any_order_of_the_dimensions():
     want = x * 2.5
     factor = torch.tensor(2.5, device=DEVICE)
     assert can_scale(x, factor)
-    assert torch.equal(scale_(x, factor), want)
+    scale_([x], factor)
+    assert torch.equal(x, want)
 
 
 def test_one_leaves_every_bit_and_nan_spreads():
     x = torch.tensor([1.0, -0.0, math.inf, 1e-40], device=DEVICE)
     bits = x.view(torch.int32).clone()
-    scale_(x, torch.tensor(1.0, device=DEVICE))
+    scale_([x], torch.tensor(1.0, device=DEVICE))
     assert torch.equal(x.view(torch.int32), bits)
-    assert scale_(x, torch.tensor(math.nan, device=DEVICE)).isnan().all()
+    scale_([x], torch.tensor(math.nan, device=DEVICE))
+    assert x.isnan().all()
+
+
+def test_many_of_several_sizes_and_dtypes():
+    shapes = [(7, 3), (2, 3, 40, 16), (BLOCK + 5,), (7, 3)] * 10
+    xs = [torch.randn(s, device=DEVICE).to(DTYPES[i % 2]) for i, s in enumerate(shapes)]
+    factor = torch.tensor(1 / 3, device=DEVICE)
+    want = [(x.double() / 3).to(x.dtype) for x in xs]
+    scale_(xs, factor)
+    for x, right in zip(xs, want, strict=True):
+        torch.testing.assert_close(x, right, rtol=torch.finfo(x.dtype).eps, atol=0)
 
 
 def test_gaps_other_dtypes_and_empty_tensors_are_left_to_pytorch():
@@ -60,6 +72,6 @@ def test_it_is_tried_before_it_is_trusted(dtype, monkeypatch):
     device = torch.device(DEVICE)
     assert is_right(dtype, device)
     monkeypatch.setattr(scale, "_right", {})
-    monkeypatch.setattr(scale, "scale_", lambda x, factor: x)
+    monkeypatch.setattr(scale, "scale_", lambda xs, factor: None)
     with pytest.warns(RuntimeWarning, match="kernel is wrong"):
         assert not is_right(dtype, device)

@@ -39,16 +39,34 @@ def _flatten(args: Sequence[Arg]) -> tuple[list[Any], tuple[int, ...]]:
     return flat, tuple(groups)
 
 
-def _scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
-    """``grad * factor`` rounded once: a loss scale of 65536 does not fit in float16."""
-    if in_place and grad.is_cuda and unavailable("triton") is None:
-        from bertkd.ops.triton.scale import can_scale, is_right, scale_
+def _scaled(grads: Sequence[Tensor | None], factor: Tensor, in_place: bool) -> list[Tensor | None]:
+    """``grad * factor``, each rounded once: a loss scale of 65536 does not fit in float16."""
+    by_kernel = _by_kernel(grads, factor) if in_place else []
+    done = {id(grad) for grad in by_kernel}
+    scaled: list[Tensor | None] = []
+    for grad in grads:
+        if grad is None or id(grad) in done:
+            scaled.append(grad)
+        elif grad.dtype in (torch.float16, torch.bfloat16):
+            scaled.append((grad.float() * factor).to(grad.dtype))
+        else:
+            scaled.append(grad.mul_(factor) if in_place else grad * factor)
+    return scaled
 
-        if can_scale(grad, factor) and is_right(grad.dtype, grad.device):
-            return scale_(grad, factor)
-    if grad.dtype in (torch.float16, torch.bfloat16):
-        return (grad.float() * factor).to(grad.dtype)
-    return grad.mul_(factor) if in_place else grad * factor
+
+def _by_kernel(grads: Sequence[Tensor | None], factor: Tensor) -> list[Tensor]:
+    """Multiplies in place what the Triton kernel can, and says what that was."""
+    if not factor.is_cuda or unavailable("triton") is not None:
+        return []
+    from bertkd.ops.triton.scale import can_scale, is_right, scale_
+
+    fit = [
+        grad
+        for grad in grads
+        if grad is not None and can_scale(grad, factor) and is_right(grad.dtype, grad.device)
+    ]
+    scale_(fit, factor)
+    return fit
 
 
 def _is_last_visit(upstream: Tensor) -> bool:
@@ -130,8 +148,7 @@ class SumLoss(torch.autograd.Function):
         last = _is_last_visit(grad_loss)
         if last and _is_one(grad_loss):
             return None, None, None, None, None, *ctx.saved_tensors
-        grads = [None if g is None else _scaled(g, grad_loss, last) for g in ctx.saved_tensors]
-        return None, None, None, None, None, *grads
+        return None, None, None, None, None, *_scaled(ctx.saved_tensors, grad_loss, last)
 
 
 def _calls(flat: Sequence[Any], groups: Sequence[int]) -> Iterator[Sequence[Any]]:

@@ -12,14 +12,12 @@ from bertkd.kernels.hidden_cosine import hidden_cosine_kernel
 from bertkd.kernels.hidden_mse import hidden_mse_kernel
 from bertkd.ops.tensors import guard, laid_out_like, unit_stride
 from bertkd.ops.triton.attention import cdiv, power_of_2
-from bertkd.ops.triton.states import alignment
+from bertkd.ops.triton.states import alignment, grouped
 
 # Elements of a tile: 16 a thread, two loads of 16 bytes for 16-bit states.
 TILE = 2048
 # A row up to here stays in registers between hidden_cosine's sums and its gradient.
 WHOLE_WIDTH = 2048
-# Pointers are kernel arguments, of which there is room for 4 KiB.
-STATES_PER_LAUNCH = 32
 
 
 def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -73,7 +71,10 @@ def _mse(
     sides = (students, teachers) if grads is None else (students, teachers, grads)
     done = 0
     with guard(row_weight):
-        for group in _launches(*sides):
+        # States share a launch if they have one dtype and one row stride a side.
+        for group in grouped(
+            [tuple((x.dtype, x.stride(0)) for x in pair) for pair in zip(*sides, strict=True)]
+        ):
             s, t, *written = (tuple(side[i] for i in group) for side in sides)
             g = written[0] if written else None
             hidden_mse_kernel[(blocks, len(group))](
@@ -94,16 +95,6 @@ def _mse(
             done += len(group)
     # One sum of a fixed shape: no atomics, the same bits every time.
     return partials.sum()
-
-
-def _launches(*sides: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the states that can share a launch: one dtype and one row stride a side."""
-    groups: dict[tuple, list[int]] = {}
-    for index, states in enumerate(zip(*sides, strict=True)):
-        key = tuple((x.dtype, x.stride(0)) for x in states)
-        groups.setdefault(key, []).append(index)
-    size = STATES_PER_LAUNCH
-    return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
 
 
 def hidden_cosine_fwd_bwd(

@@ -1,6 +1,8 @@
-"""Launches the kernel that multiplies a gradient in place."""
+"""Launches the kernel that multiplies gradients in place."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from bertkd.kernels.scale import scale_kernel
 from bertkd.ops.dispatch import warn_once
 from bertkd.ops.tensors import guard
 from bertkd.ops.triton.attention import cdiv, resident_programs
+from bertkd.ops.triton.states import grouped
 
 BLOCK = 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,12 +30,14 @@ def can_scale(x: Tensor, factor: Tensor) -> bool:
     return x.numel() > 0
 
 
-def scale_(x: Tensor, factor: Tensor) -> Tensor:
+def scale_(xs: Sequence[Tensor], factor: Tensor) -> None:
     """``x *= factor`` for tensors that ``can_scale`` takes; ``factor`` has one element, on the same device."""
-    with guard(x):
-        programs = resident_programs(cdiv(x.numel(), BLOCK), 1, x)
-        scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=BLOCK)
-    return x
+    for group in grouped([(x.dtype, x.numel()) for x in xs]):
+        first = xs[group[0]]
+        with guard(first):
+            programs = resident_programs(cdiv(first.numel(), BLOCK), len(group), first)
+            pointers = tuple(xs[index] for index in group)
+            scale_kernel[(programs, len(group))](pointers, factor, first.numel(), BLOCK=BLOCK)
 
 
 _right: dict[tuple[torch.dtype, torch.device], bool] = {}
@@ -52,7 +57,8 @@ def _try(dtype: torch.dtype, device: torch.device) -> bool:
     for factor in (torch.tensor(by, device=device) for by in (1.0, 1 / 3)):
         want = (x.float() * factor).to(dtype)
         try:
-            got = scale_(x.clone(), factor)
+            got = x.clone()
+            scale_([got], factor)
         except Exception as error:
             # Whatever a compiler or driver raises, PyTorch can multiply.
             warn_once(

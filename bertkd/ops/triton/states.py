@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from bertkd.ops.tensors import unit_stride
+
+# Pointers are kernel arguments, of which there is room for 4 KiB.
+TENSORS_PER_LAUNCH = 32
+
+
+def grouped(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Indices of tensors that can share a launch: those of equal keys, and no more than fit."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    size = TENSORS_PER_LAUNCH
+    return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
 
 
 def alignment(width: int, *tensors: Tensor | None) -> int:

@@ -1,0 +1,151 @@
+"""Attention losses over several blocks in one call: the sum of the calls for each; masks are looked at once."""
+
+import pytest
+import torch
+from attention_cases import qkv, ragged_mask, value_and_grads
+from oracle import relative
+
+from bertkd import functional
+from bertkd.ops.dispatch import unavailable
+
+BLOCKS, BATCH, LENGTH = 3, 3, 19
+KL = functional.attention_kl
+MSE = functional.attention_mse
+
+
+def blocks(seed, width=8, dtype=torch.float32):
+    """q of every block, and k of every block."""
+    pairs = [qkv(BATCH, 4, LENGTH, width, seed=seed + i, dtype=dtype) for i in range(BLOCKS)]
+    return [list(x) for x in zip(*pairs, strict=True)]
+
+
+def of_all(loss, mask, options):
+    def run(*student, teacher):
+        q_s, k_s = student[:BLOCKS], student[BLOCKS:]
+        return loss(q_s, k_s, *teacher, mask, **options)
+
+    return run
+
+
+def one_by_one(loss, mask, options):
+    def run(*student, teacher):
+        losses = [
+            loss(student[i], student[BLOCKS + i], teacher[0][i], teacher[1][i], mask, **options)
+            for i in range(BLOCKS)
+        ]
+        return torch.stack(losses).sum()
+
+    return run
+
+
+@pytest.mark.parametrize("impl", ["eager", "chunked", "native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (KL, {}),
+        (KL, {"reduction": "sum", "temperature": 2.0, "t_squared": True}),
+        (KL, {"relation_heads": 2, "count_pads": True}),
+        (KL, {"row_weight": torch.linspace(0.0, 2.0, BATCH)}),
+        (MSE, {}),
+        (MSE, {"scale_s": 0.3, "count_pads": True}),
+    ],
+)
+def test_is_the_sum_of_the_calls_for_each(loss, options, dtype, impl):
+    if (reason := unavailable(impl)) is not None:
+        pytest.skip(reason)
+    options = {**options, "impl": impl}
+    (q_s, k_s), teacher = blocks(0, 8, dtype), blocks(9, 6, dtype)
+    mask = ragged_mask(BATCH, LENGTH, seed=1, empty_row=True)
+    got = value_and_grads(of_all(loss, mask, options), [*q_s, *k_s], teacher=teacher)
+    want = value_and_grads(one_by_one(loss, mask, options), [*q_s, *k_s], teacher=teacher)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert relative(a, b) <= (1e-6 if dtype == torch.float32 or a.dim() == 0 else 1e-3)
+    with torch.no_grad():
+        value = of_all(loss, mask, options)(*q_s, *k_s, teacher=teacher)
+    torch.testing.assert_close(value, got[0])
+
+
+@pytest.mark.parametrize("impl", ["eager", "chunked"])
+def test_agrees_with_float64(impl):
+    (q_s, k_s), teacher = blocks(0), blocks(9)
+    mask = ragged_mask(BATCH, LENGTH, seed=1)
+    double = [[x.double() for x in side] for side in teacher]
+    exact = value_and_grads(
+        one_by_one(KL, mask, {"impl": "eager"}), [x.double() for x in (*q_s, *k_s)], teacher=double
+    )
+    got = value_and_grads(of_all(KL, mask, {"impl": impl}), [*q_s, *k_s], teacher=teacher)
+    for a, b in zip(got, exact, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_relations_of_tensors_with_themselves_take_the_op_that_has_one_gradient(monkeypatch):
+    import bertkd.ops.chunked as chunked
+
+    seen = []
+    inner = chunked.self_relation_kl_fwd_bwd
+    monkeypatch.setattr(
+        chunked, "self_relation_kl_fwd_bwd", lambda *args: seen.append(1) or inner(*args)
+    )
+    (v_s, _), (v_t, _) = blocks(0), blocks(9)
+    value, *grads = value_and_grads(
+        lambda *v: functional.value_relation_kl(v, v_t, impl="chunked"), v_s
+    )
+    assert len(seen) == BLOCKS
+    want = value_and_grads(
+        lambda *v: sum(
+            functional.value_relation_kl(a, b, impl="eager") for a, b in zip(v, v_t, strict=True)
+        ),
+        v_s,
+    )
+    for a, b in zip([value, *grads], want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_tensor_in_several_blocks_gets_the_sum_of_its_gradients():
+    q, k = qkv(2, 2, 7, 4, seed=0)
+    q_t, k_t = qkv(2, 2, 7, 4, seed=1)
+    once = value_and_grads(lambda q, k: KL(q, k, q_t, k_t), [q, k])
+    twice = value_and_grads(lambda q, k: KL([q, q], [k, k], [q_t, q_t], [k_t, k_t]), [q, k])
+    for a, b in zip(twice, once, strict=True):
+        torch.testing.assert_close(a, 2 * b)
+
+
+def test_no_gradient_where_only_some_blocks_want_one():
+    (q_s, k_s), teacher = blocks(0), blocks(9)
+    q_s[1].requires_grad_()
+    KL(q_s, k_s, *teacher).backward()
+    alone = q_s[1].detach().requires_grad_()
+    KL(alone, k_s[1], teacher[0][1], teacher[1][1]).backward()
+    torch.testing.assert_close(q_s[1].grad, alone.grad)
+    assert q_s[0].grad is None
+
+
+def test_extents_are_looked_at_once_for_all_blocks_and_never_kept_too_long(monkeypatch):
+    pytest.importorskip("triton")
+    from bertkd.ops.triton import attention
+
+    if (reason := unavailable("triton")) is not None:
+        pytest.skip(reason)
+    made = []
+    inner = attention._extents
+    monkeypatch.setattr(attention, "_extents", lambda *args: made.append(1) or inner(*args))
+    (q_s, k_s), teacher = blocks(0), blocks(9)
+    mask = ragged_mask(BATCH, LENGTH, seed=1).bool()
+    value_and_grads(of_all(KL, mask, {"impl": "triton"}), [*q_s, *k_s], teacher=teacher)
+    assert len(made) == 1
+
+    weight = torch.ones(BATCH, 4, LENGTH)
+    for change in (lambda: None, lambda: weight.zero_(), lambda: mask.zero_()):
+        change()
+        before = len(made)
+        fresh = inner(mask, weight, q_s[0])
+        kept = attention.extents_of(mask, weight, q_s[0])
+        assert torch.equal(kept.table[:, :5], fresh.table[:, :5])
+        assert len(made) == before + 1
+        attention.extents_of(mask, weight, q_s[0])
+        assert len(made) == before + 1
+    attention.extents_of(mask.clone(), weight, q_s[0])
+    attention.extents_of(None, weight, q_s[0])
+    assert len(made) == before + 3

@@ -1,0 +1,141 @@
+"""What a Distiller spares its models: masks without pads, which both would wait for, and autocast of a half teacher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_distiller import BOTH, gradients, models
+from tiny_models import tiny_batch, tiny_model
+from torch import nn
+
+from bertkd.distiller import Distiller, _look_over
+from bertkd.encoders import is_compiled
+
+
+def masks_seen(*networks):
+    """The masks that the networks are called with from now on, in order."""
+    seen = []
+    for model in networks:
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs.get("attention_mask")),
+            with_kwargs=True,
+        )
+    return seen
+
+
+def run(distiller, batch):
+    distiller.zero_grad()
+    loss = distiller(batch).loss
+    loss.backward()
+    return [loss.detach(), *gradients(distiller).values()]
+
+
+@pytest.mark.parametrize("objective", [BOTH, "att_mse + val_kl + att_pearson", "hid_cls"])
+def test_a_mask_of_ones_is_no_mask(objective, monkeypatch):
+    teacher, student = models()
+    distiller = Distiller(teacher, student, objective)
+    batch = tiny_batch(teacher)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    seen = masks_seen(teacher, student)
+    without = run(distiller, batch)
+    assert seen == [None, None]
+    assert "attention_mask" in batch
+    monkeypatch.setattr(Distiller, "_has_no_pads", lambda self, batch: False)
+    for got, want in zip(without, run(distiller, batch), strict=True):
+        torch.testing.assert_close(got, want)
+    assert len(seen) == 4
+    assert seen[2] is seen[3] is batch["attention_mask"]
+
+
+def test_one_pad_is_enough_to_keep_the_mask():
+    teacher, student = models()
+    batch = tiny_batch(teacher)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][-1, -1] = 0
+    seen = masks_seen(teacher, student)
+    Distiller(teacher, student, BOTH)(batch)
+    assert [mask is batch["attention_mask"] for mask in seen] == [True, True]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_attention_that_does_not_ask_the_device_is_not_asked_for(which):
+    both = models()
+    both[which].set_attn_implementation("eager")
+    batch = tiny_batch(both[0])
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    seen = masks_seen(*both)
+    Distiller(*both, BOTH)(batch)
+    assert [mask is batch["attention_mask"] for mask in seen] == [True, True]
+
+
+def test_a_compiled_model_keeps_its_one_graph():
+    teacher, student = models()
+    batch = tiny_batch(teacher)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    student.compile(backend="eager")
+    assert not Distiller(teacher, student, BOTH)._has_no_pads(batch)
+
+
+def test_compiled_is_seen_through_wrappers():
+    teacher, headed = models()[0], tiny_model("bert", head_cls="sequence")
+    assert not is_compiled(teacher)
+    assert is_compiled(torch.compile(teacher))
+    assert not is_compiled(headed)
+    assert is_compiled(torch.compile(headed))
+    headed.bert.compile()
+    assert is_compiled(headed)
+    other = tiny_model("bert", head_cls="sequence")
+    other.bert = torch.compile(other.bert)
+    assert is_compiled(other)
+
+
+def captured_states(teacher, student):
+    distiller = Distiller(teacher, student, "hid_seq")
+    batch = tiny_batch(teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recording = distiller._record_teacher(batch, distiller.objective.needs())
+        loss = distiller(batch).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    return recording.states
+
+
+def test_a_teacher_in_half_precision_runs_in_it_under_autocast():
+    teacher, student = models()
+    alone = teacher.to(torch.bfloat16)
+    states = captured_states(alone, student)
+    assert {x.dtype for x in states.values()} == {torch.bfloat16}
+    with torch.no_grad():
+        every = alone(**tiny_batch(alone), output_hidden_states=True).hidden_states
+    for index, state in states.items():
+        assert torch.equal(state, every[index])
+
+
+def test_other_teachers_run_as_autocast_has_it():
+    class Watched(nn.Module):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return x
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for kept in (False, True):
+            seen = []
+            teacher, student = models()
+            teacher.to(dtype).embeddings.dropout = Watched()
+            if kept:
+                # One norm in float32: without autocast its neighbours would not take what it gives.
+                teacher.encoder.layer[0].output.LayerNorm.float()
+            captured_states(teacher, student)
+            assert set(seen) == {dtype == torch.float32 or kept}
+
+
+def test_the_look_over_agrees_with_pytorchs_own_walks():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()))
+    model[1].register_module("nothing", None)
+    assert _look_over(model) == (True, False)
+    model.half().eval()
+    assert _look_over(model) == (False, True)
+    model[1][1].train()
+    assert _look_over(model) == (True, True)
+    model[1][0].double()
+    assert _look_over(model) == (True, False)
