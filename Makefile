@@ -44,7 +44,7 @@ gpu-build:  ## csrc for the GPU of this machine alone
 WORKERS = $(shell $(PYTHON) -c "import os, xdist; print('-n', min(14, os.cpu_count()))" 2>/dev/null)
 
 gpu-test:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_*gpu.py $(WORKERS) $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_*gpu.py tests/test_triton_scale.py $(WORKERS) $(ARGS)
 
 gpu-bench:
 	PYTHONPATH=. $(PYTHON) -m bertkd.bench --device cuda --budget_minutes $(MINUTES) $(SELECTED)
