@@ -12,6 +12,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ class Choice(NamedTuple):
     reason: str
 
 
+@cache
 def implementation(impl: str) -> ModuleType:
     """The module with an implementation's ops; ``eager`` has none, the reference is differentiated by autograd."""
     return importlib.import_module(f"bertkd.ops.{impl}")

@@ -170,8 +170,11 @@ def _kernel(name: str):
         function = getattr(implementation(choice.impl), name)
         if row_weight is not None:
             function = partial(_counted_rows, function, row_weight)
-        # Autocast would run the products in half precision.
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        device = tensors[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*inputs)
+        # It would run the products in half precision.
+        with torch.autocast(device, enabled=False):
             return function(*inputs)
 
     return run

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     return _load(op).refusal(op, tensors)
 
 
+@cache
 def _load(op: str) -> Any:
     return importlib.import_module(f"{__name__}.{_MODULES[op]}")
 

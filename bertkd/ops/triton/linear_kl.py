@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bertkd.ops.tensors import laid_out_like, unit_stride
 from bertkd.ops.triton.softmax_kl import row_kl
-from bertkd.ops.triton.states import add_product, aligned_parts, operand_dtype, product
+from bertkd.ops.triton.states import add_product, aligned_size, operand_dtype, padded_size, product
 
 # Logits of one side in a chunk: 64 MiB of fp32. The rows depend on V alone: taking what memory happens to be free would
 # change the order of the sums, and with it the last bits, from run to run.
@@ -41,40 +41,46 @@ def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Side:
     return _Side(hidden.to(dtype), weight.to(dtype), None if bias is None else unit_stride(bias))
 
 
-def _chunks(n_rows: int, vocabulary: int) -> Iterator[slice]:
-    step = max(MIN_ROWS, CHUNK // vocabulary // 128 * 128)
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))
-
-
 class _Logits:
-    """fp32 logits of a chunk of rows of both sides, without the biases, in memory that all chunks share.
+    """fp32 logits of both sides without the biases, a chunk of rows at a time in memory that all chunks share.
 
-    Rounded logits would cost digits of the difference of probabilities.
+    Rounded logits would cost digits of the difference of probabilities. The last few of a number of classes that is no
+    multiple of 8 are projected once for all rows: as products of their own in every chunk they would take a tenth of
+    the device's time, and a third of the launches.
     """
 
     def __init__(self, student: _Side, teacher: _Side) -> None:
         self.sides = (student, teacher)
-        self.parts = aligned_parts(student.weight.shape[0])
-        self.buffers: list[Tensor] = []
+        n_rows, device = student.hidden.shape[0], student.hidden.device
+        self.classes = student.weight.shape[0]
+        self.whole = aligned_size(self.classes)
+        self.step = max(MIN_ROWS, CHUNK // self.classes // 128 * 128)
+        self.n_rows = n_rows
+        # Rows that start at multiples of 16 bytes, as wide loads and matrix units want them.
+        size = 2, min(self.step, n_rows), padded_size(self.classes)
+        self.memory = torch.empty(size, dtype=torch.float32, device=device)
+        self.weights = [side.weight[: self.whole].T for side in self.sides]
+        self.rest: Tensor | None = None
+        if self.whole < self.classes:
+            size = 2, n_rows, self.classes - self.whole
+            self.rest = torch.empty(size, dtype=torch.float32, device=device)
+            for side, out in zip(self.sides, self.rest, strict=True):
+                product(side.hidden, side.weight[self.whole :].T, out=out)
+
+    def chunks(self) -> Iterator[slice]:
+        """The rows of every chunk."""
+        for start in range(0, self.n_rows, self.step):
+            yield slice(start, min(start + self.step, self.n_rows))
 
     def of(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(n, V) of student and teacher; overwritten by the next call."""
-        n_rows = rows.stop - rows.start
-        if not self.buffers:
-            self.buffers = [aligned(n_rows, side.weight, torch.float32) for side in self.sides]
-        z_s, z_t = (buffer[:n_rows] for buffer in self.buffers)
-        for side, z in zip(self.sides, (z_s, z_t), strict=True):
-            for part in self.parts:
-                product(side.hidden[rows], side.weight[part].T, out=z[:, part])
+        both = self.memory[:, : rows.stop - rows.start]
+        for z, side, weight in zip(both, self.sides, self.weights, strict=True):
+            product(side.hidden[rows], weight, out=z[:, : self.whole])
+        if self.rest is not None:
+            both[..., self.whole : self.classes] = self.rest[:, rows]
+        z_s, z_t = both[..., : self.classes]
         return z_s, z_t
-
-
-def aligned(n_rows: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for (n, V) whose rows start at multiples of 16 bytes, as wide loads and matrix units want it."""
-    vocabulary = weight.shape[0]
-    stride = (vocabulary + 7) // 8 * 8
-    return torch.empty((n_rows, stride), dtype=dtype, device=weight.device)[:, :vocabulary]
 
 
 def linear_kl_rows(
@@ -90,9 +96,10 @@ def linear_kl_rows(
     student, teacher = _side(h_s, w_s, bias_s), _side(h_t, w_t, bias_t)
     out = torch.empty((h_s.shape[0],), dtype=torch.float32, device=h_s.device)
     logits = _Logits(student, teacher)
-    for rows in _chunks(h_s.shape[0], w_s.shape[0]):
-        z_s, z_t = logits.of(rows)
-        out[rows] = row_kl(z_s, z_t, temperature, bias_s=student.bias, bias_t=teacher.bias)
+    for rows in logits.chunks():
+        row_kl(
+            *logits.of(rows), temperature, bias_s=student.bias, bias_t=teacher.bias, out=out[rows]
+        )
     return out
 
 
@@ -116,10 +123,7 @@ def linear_kl_fwd_bwd(
         peak = weight.abs().amax() if weight.numel() else weight.sum()
         factor = HALF_PEAK * temperature / peak.clamp_min(1e-30)
         weight = weight * factor
-    sums = _Sums(student, teacher)
-    for rows in _chunks(student.hidden.shape[0], w_s.shape[0]):
-        sums.add(rows, weight, temperature)
-    results = sums.finish()
+    results = _gradients(student, teacher, weight, temperature)
     loss, grad_h, grad_w, grad_b = results if factor is None else (x / factor for x in results)
     if kept is None:
         whole_h = laid_out_like(h_s, grad_h)
@@ -129,53 +133,53 @@ def linear_kl_fwd_bwd(
     return loss, whole_h, laid_out_like(w_s, grad_w), grad_b.to(bias_dtype)
 
 
-class _Sums:
-    """fp32 sums over chunks: the loss, and the gradients of the student's states, weight and bias."""
-
-    def __init__(self, student: _Side, teacher: _Side) -> None:
-        hidden, weight, bias = student
-        self.student, self.teacher = student, teacher
-        self.logits: _Logits | None = _Logits(student, teacher)
-        self.loss = torch.zeros((), dtype=torch.float32, device=weight.device)
-        self.grad_h = torch.empty(hidden.shape, dtype=torch.float32, device=weight.device)
-        self.grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        size = 0 if bias is None else weight.shape[0]
-        self.grad_b = torch.zeros((size,), dtype=torch.float32, device=weight.device)
-        self.rounded: Tensor | None = None
-
-    def add(self, rows: slice, row_weight: Tensor, temperature: float) -> None:
-        """Project a chunk of rows, and add what it contributes."""
-        assert self.logits is not None
-        hidden, weight, bias = self.student
-        z_s, z_t = self.logits.of(rows)
-        # In place, unless the products that follow want another dtype.
-        difference = z_s
-        if weight.dtype != torch.float32:
-            if self.rounded is None:
-                self.rounded = aligned(z_s.shape[0], weight, weight.dtype)
-            difference = self.rounded[: z_s.shape[0]]
-        self.loss += row_kl(
-            z_s,
-            z_t,
+def _gradients(
+    student: _Side, teacher: _Side, row_weight: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and the gradients of the student's states, weight and bias, all in fp32."""
+    hidden, weight, bias = student
+    logits = _Logits(student, teacher)
+    n_rows, classes, whole = logits.n_rows, logits.classes, logits.whole
+    losses, grad_h, grad_w = (
+        torch.empty(shape, dtype=torch.float32, device=weight.device)
+        for shape in ((n_rows,), hidden.shape, weight.shape)
+    )
+    biases = 0 if bias is None else classes
+    grad_b = torch.zeros((biases,), dtype=torch.float32, device=weight.device)
+    if n_rows == 0:
+        return losses.sum(), grad_h, grad_w.zero_(), grad_b
+    # In place of the logits, unless the products that follow want another dtype.
+    in_place = weight.dtype == torch.float32
+    rounded = (
+        logits.memory[0] if in_place else torch.empty_like(logits.memory[0], dtype=weight.dtype)
+    )
+    rest = torch.empty((n_rows, classes - whole), dtype=weight.dtype, device=weight.device)
+    weight_h, grad_w_whole = weight[:whole], grad_w[:whole]
+    for rows in logits.chunks():
+        difference = rounded[: rows.stop - rows.start, :classes]
+        row_kl(
+            *logits.of(rows),
             temperature,
             row_weight=row_weight[rows],
             grad=difference,
             bias_s=bias,
-            bias_t=self.teacher.bias,
-        ).sum()
-        first, *rest = self.logits.parts
-        product(difference[:, first], weight[first], out=self.grad_h[rows])
-        for part in rest:
-            add_product(self.grad_h[rows], difference[:, part], weight[part])
-        for part in self.logits.parts:
-            add_product(self.grad_w[part], difference[:, part].T, hidden[rows])
+            bias_t=teacher.bias,
+            out=losses[rows],
+        )
+        used = difference[:, :whole]
+        product(used, weight_h, out=grad_h[rows])
+        if rows.start == 0:
+            product(used.T, hidden[rows], out=grad_w_whole)
+        else:
+            add_product(grad_w_whole, used.T, hidden[rows])
+        if whole < classes:
+            rest[rows] = difference[:, whole:]
         if bias is not None:
-            self.grad_b += difference.sum(0, dtype=torch.float32)
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The sums; the logits' memory is free again, for the gradients in the weight's own dtype."""
-        self.logits = self.rounded = None
-        return self.loss, self.grad_h, self.grad_w, self.grad_b
+            grad_b += difference.sum(0, dtype=torch.float32)
+    if whole < classes:
+        add_product(grad_h, rest, weight[whole:])
+        product(rest.T, hidden, out=grad_w[whole:])
+    return losses.sum(), grad_h, grad_w, grad_b
 
 
 def _kept(row_weight: Tensor, vocabulary: int) -> Tensor | None:

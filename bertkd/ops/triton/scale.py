@@ -53,19 +53,19 @@ def is_right(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _try(dtype: torch.dtype, device: torch.device) -> bool:
-    x = torch.linspace(-3.0, 3.0, BLOCK + 5, device=device).to(dtype)
+    xs = [torch.linspace(-3.0, by, BLOCK + 5, device=device).to(dtype) for by in (1.0, 2.0)]
     for factor in (torch.tensor(by, device=device) for by in (1.0, 1 / 3)):
-        want = (x.float() * factor).to(dtype)
+        want = [(x.float() * factor).to(dtype) for x in xs]
+        got = [x.clone() for x in xs]
         try:
-            got = x.clone()
-            scale_([got], factor)
+            scale_(got, factor)
         except Exception as error:
             # Whatever a compiler or driver raises, PyTorch can multiply.
             warn_once(
                 f"bertkd scales gradients by PyTorch: its kernel raised {type(error).__name__}: {error}."
             )
             return False
-        if not torch.equal(got, want):
+        if not all(torch.equal(x, right) for x, right in zip(got, want, strict=True)):
             warn_once(
                 f"bertkd scales gradients by PyTorch: its kernel is wrong in {dtype} on {device}."
             )

@@ -58,13 +58,16 @@ def row_kl(
     grad: Tensor | None = None,
     bias_s: Tensor | None = None,
     bias_t: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Weighted KL of every row (N,) of logits (N, C) with unit stride along C, and the gradient into ``grad``.
 
-    ``grad`` may be ``z_s``; without ``row_weight`` every row counts once; a bias (C,) is added to its logits.
+    ``grad`` may be ``z_s``; without ``row_weight`` every row counts once; a bias (C,) is added to its logits. The
+    result goes to ``out`` where that is given.
     """
     n_rows, classes = z_s.shape
-    out = torch.empty((n_rows,), dtype=torch.float32, device=z_s.device)
+    if out is None:
+        out = torch.empty((n_rows,), dtype=torch.float32, device=z_s.device)
     arguments = (
         z_s,
         z_t,

@@ -45,13 +45,17 @@ def operand_dtype(*tensors: Tensor) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def aligned_parts(size: int) -> list[slice]:
-    """A dimension as the largest multiple of 8 and the rest, if there is one.
+def aligned_size(size: int) -> int:
+    """The largest multiple of 8 in a dimension, or all of a small one.
 
     Matrix products with a dimension like BERT's 30522 classes go to kernels of a third of the speed.
     """
-    whole = size // 8 * 8
-    return [part for part in (slice(0, whole), slice(whole, size)) if part.start < part.stop]
+    return size // 8 * 8 or size
+
+
+def padded_size(size: int) -> int:
+    """The next multiple of 8."""
+    return -(-size // 8) * 8
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
