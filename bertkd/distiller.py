@@ -150,11 +150,12 @@ class Distiller(nn.Module):
         self.objective.redraw()
         needs = self.objective.needs()
         check_batch(batch, needs, self.objective)
+        inputs = batch
         if self._has_no_pads(batch):
-            batch = {name: column for name, column in batch.items() if name != "attention_mask"}
-        teacher = self._record_teacher(batch, needs)
+            inputs = {name: column for name, column in batch.items() if name != "attention_mask"}
+        teacher = self._record_teacher(inputs, needs)
         student = self._record(
-            self.student, batch, needs.student_blocks, needs.student_states, needs.student_logits
+            self.student, inputs, needs.student_blocks, needs.student_states, needs.student_logits
         )
         setup = self.objective.setup
         step = StepContext(
