@@ -34,7 +34,7 @@ _LOCKS: dict[int, threading.RLock] = {}
 _LOCKS_LOCK = threading.Lock()
 
 # These do not look their own name up in the config; other implementations (flash) do.
-_NAME_BLIND = ("eager", "sdpa", "flex_attention")
+_NAME_BLIND = ("eager", "sdpa", "flex_attention", cpu_attention.NAME)
 
 
 @contextmanager
