@@ -112,6 +112,23 @@ def test_a_tensor_in_several_blocks_gets_the_sum_of_its_gradients():
         torch.testing.assert_close(a, 2 * b)
 
 
+@pytest.mark.parametrize("impl", ["auto", "chunked"])
+def test_compiled_without_graph_breaks(impl):
+    """One tensor in several places, as a mask is, and a block that is matched twice."""
+    (q_s, k_s), teacher = blocks(0), blocks(9)
+    (q_s, k_s), teacher = [[*x, x[0]] for x in (q_s, k_s)], [[*x, x[0]] for x in teacher]
+    mask = ragged_mask(BATCH, LENGTH, seed=1)
+
+    def run(*student):
+        return KL(student[:BLOCKS] + student[:1], student[BLOCKS:] + student[BLOCKS : BLOCKS + 1],
+                  *teacher, mask, impl=impl)  # fmt: skip
+
+    student = [*q_s[:BLOCKS], *k_s[:BLOCKS]]
+    got = value_and_grads(torch.compile(run, fullgraph=True), student)
+    for a, b in zip(got, value_and_grads(run, student), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_no_gradient_where_only_some_blocks_want_one():
     (q_s, k_s), teacher = blocks(0), blocks(9)
     q_s[1].requires_grad_()

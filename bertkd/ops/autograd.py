@@ -263,6 +263,9 @@ def _divided(weight: Tensor, divisor: Tensor) -> Tensor:
 
 def _total_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:
     calls = list(_calls(flat, groups))
+    if len(calls) > 1 and torch.compiler.is_compiling():
+        # A graph spares the host nothing, and takes no function that is given one tensor, such as a mask, twice.
+        return _total([_total_loss(op, impl, row_weight, call, groups, wrt) for call in calls])
     if any(_needs_grad(call, wrt) for call in calls):
         return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)
     with torch.no_grad():
