@@ -235,6 +235,23 @@ def test_public_losses_run_on_it(monkeypatch):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [33, 65, 97, 129])
+def test_no_launch_is_compiled_anew_for_where_a_share_of_the_loss_lies(length, monkeypatch):
+    """Triton compiles for pointers to multiples of 16 bytes, and once more for others."""
+    starts = []
+    inner = relation_kl.keys_launch
+    monkeypatch.setattr(
+        relation_kl,
+        "keys_launch",
+        lambda *args: starts.append(args[7].storage_offset()) or inner(*args),
+    )
+    monkeypatch.setattr(config, "INTERPRETED_SHORT", 0)
+    student, teacher = (qkv(1, 1, length, 8, seed=seed) for seed in range(2))
+    value_and_grads(functional.attention_kl, student, *teacher, impl="triton")
+    assert starts
+    assert all(start % 4 == 0 for start in starts)
+
+
 def test_refuses_what_it_cannot_hold():
     wide = torch.zeros(1, 1, 4, 160)
     assert "up to 128, got 160" in ops.refusal("relation_kl", [wide] * 4)
