@@ -89,6 +89,7 @@ def test_att_mse_is_over_real_rows_and_keys(case):
         difference = ours.q[s] @ ours.k[s].mT * 8**-0.5 - theirs.q[t] @ theirs.k[t].mT * 8**-0.5
         expected = expected + difference[real].square().mean()
     close(run("att_mse", teacher, student, batch), expected, rtol=1e-3)
+    close(run("att_mse(reduction='mean')", teacher, student, batch), expected / 2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])

@@ -348,3 +348,12 @@ def test_rates_that_torch_would_take_from_groups_without_a_word(rates):
     distiller = Distiller(tiny_model("bert", layers=4), tiny_model("bert", seed=1), "att_kl")
     with pytest.raises(ValueError, match=f"{next(iter(rates))} must be a finite number"):
         distiller.parameter_groups(**{"lr": 1e-3, **rates})
+
+
+@pytest.mark.parametrize("objective", ["att_kl", "att_mse"])
+def test_blocks_of_different_softmax_scales_are_refused(objective):
+    teacher, student = tiny_model("bert", layers=4), tiny_model("bert", seed=1)
+    distiller = Distiller(teacher, student, objective)
+    teacher.encoder.layer[3].attention.self.scaling *= 2
+    with pytest.raises(ValueError, match=rf"{objective} compares blocks with one softmax scale"):
+        distiller(tiny_batch(teacher))

@@ -11,7 +11,9 @@ from torch._dynamo.backends.common import aot_autograd
 
 import bertkd
 from bertkd import functional
-from bertkd.ops.schema import OPS
+from bertkd.ops import verify
+from bertkd.ops.dispatch import implementation, unavailable
+from bertkd.ops.schema import OPS, float_tensors, value_form
 
 
 def inputs(op):
@@ -109,6 +111,26 @@ def test_autocast_does_not_lower_the_precision():
             loss = functional.attention_kl(*student, *teacher, impl=impl)
             assert loss.dtype == torch.float32
             torch.testing.assert_close(loss, plain)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "native", "triton"])
+@pytest.mark.parametrize("op", sorted(verify.TENSORS))
+def test_no_op_computes_in_half_precision_under_autocast(op, impl):
+    tensors = [torch.float32] * verify.TENSORS[op]
+    case = verify.random_case(op, tensors, verify.Sizes(length=17, vocabulary=40), "cpu")
+    if impl != "chunked" and (
+        unavailable(impl) or implementation(impl).refusal(op, float_tensors(case[1:]))
+    ):
+        pytest.skip(f"{impl} has no {op} here")
+    for form in ("fwd_bwd", value_form(op)):
+        args = case[1:] if form == "rows" else case
+        if form == "rows" and op == "linear_kl":
+            args = (*args, case[0])
+        function = OPS[f"{op}_{form}"]
+        plain = verify._results(function(*args, impl))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = verify._results(function(*args, impl))
+        assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
 @pytest.mark.parametrize("factor", [1, 3])
