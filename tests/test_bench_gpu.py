@@ -1,5 +1,9 @@
 """The benchmark on a GPU: run by `make gpu`."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,3 +53,13 @@ def test_a_step_runs_under_autocast():
     rows = list(step_runs.run_step(step_case("tiny", 4, 32, dtype="bfloat16"), settings()))
     assert not [r for r in rows if r.status in ("red", "error")], rows
     assert {r.metric for r in rows if r.impl == "eager"} >= {"time", "throughput", "memory"}
+
+
+def test_a_steps_profile_names_our_kernels(monkeypatch, capsys):
+    path = Path(__file__).parent.parent / "benchmarks" / "profile_step.py"
+    arguments = ["--pair", "tiny", "--batch", "4", "--length", "32", "--impl", "triton"]
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "whole step" in printed
+    assert "relation_kl_short_kernel" in printed

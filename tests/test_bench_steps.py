@@ -1,5 +1,9 @@
 """What the figures of a training step mean: memory beyond weights and optimiser state, time of one step."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -28,3 +32,17 @@ def test_where_lengths_differ_the_time_is_that_of_one_step():
     assert len(trainer.batches) == 4
     tokens_a_step = rows["throughput"].p50 * rows["time"].p50 / 1e3
     assert tokens_a_step == pytest.approx(trainer.tokens / 4, rel=0.01)
+
+
+def test_a_profile_of_a_step_shows_its_parts(monkeypatch, capsys):
+    path = Path(__file__).parent.parent / "benchmarks" / "profile_step.py"
+    arguments = ["--pair", "tiny", "--batch", "2", "--length", "16", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    runpy.run_path(str(path), run_name="__main__")
+    parts = [line.rsplit(maxsplit=4) for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [name for name, *_ in parts] == [
+        "teacher forward", "student forward", "both, and the loss", "whole step"
+    ]  # fmt: skip
+    walls = [float(wall) for _, wall, *_ in parts]
+    assert all(wall > 0 for wall in walls)
+    assert walls[3] > walls[0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import qkv, ragged_mask, value_and_grads
 from oracle import relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertkd import functional
 from bertkd.ops.dispatch import unavailable
@@ -159,6 +160,46 @@ def test_no_gradient_where_only_some_blocks_want_one():
     KL(alone, k_s[1], teacher[0][1], teacher[1][1]).backward()
     torch.testing.assert_close(q_s[1].grad, alone.grad)
     assert q_s[0].grad is None
+
+
+def test_six_blocks_take_few_launches(monkeypatch):
+    """The host launches each, and on a fast GPU it is the host that a step waits for."""
+    pytest.importorskip("triton")
+    from bertkd.ops.triton import attention, config, relation_kl
+
+    if (reason := unavailable("triton")) is not None:
+        pytest.skip(reason)
+    launched, others = [], []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.kernel)
+            return self.kernel[grid]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            views = any(output.alias_info is not None for output in function._schema.returns)
+            makes = "empty" in function._schema.name
+            if function.namespace == "aten" and not views and not makes:
+                others.append(str(function))
+            return result
+
+    monkeypatch.setattr(config, "INTERPRETED_SHORT", 0)
+    monkeypatch.setattr(attention, "sequence_extents", Counted(attention.sequence_extents))
+    for name in ("relation_kl_rows_kernel", "relation_kl_keys_kernel"):
+        monkeypatch.setattr(relation_kl, name, Counted(getattr(relation_kl, name)))
+    (q_s, k_s), teacher = blocks(0), blocks(9)
+    q_s = [x.requires_grad_() for x in q_s * 2]
+    mask = ragged_mask(BATCH, LENGTH, seed=1)
+    with Watch():
+        KL(q_s, k_s * 2, *(x * 2 for x in teacher), mask, impl="triton")
+    assert len(launched) == 1 + 2 * len(q_s)
+    # Two casts, count, clamp, times heads, division; stack and sum. An op's own sum over shares is not seen here.
+    assert len(others) <= 8, others
 
 
 def test_extents_are_looked_at_once_for_all_blocks_and_never_kept_too_long(monkeypatch):
