@@ -41,11 +41,10 @@ def _flatten(args: Sequence[Arg]) -> tuple[list[Any], tuple[int, ...]]:
 
 def _scaled(grads: Sequence[Tensor | None], factor: Tensor, in_place: bool) -> list[Tensor | None]:
     """``grad * factor``, each rounded once: a loss scale of 65536 does not fit in float16."""
-    by_kernel = _by_kernel(grads, factor) if in_place else []
-    done = {id(grad) for grad in by_kernel}
+    done = _by_kernel(grads, factor) if in_place else ()
     scaled: list[Tensor | None] = []
-    for grad in grads:
-        if grad is None or id(grad) in done:
+    for place, grad in enumerate(grads):
+        if grad is None or place in done:
             scaled.append(grad)
         elif grad.dtype in (torch.float16, torch.bfloat16):
             scaled.append((grad.float() * factor).to(grad.dtype))
@@ -54,19 +53,19 @@ def _scaled(grads: Sequence[Tensor | None], factor: Tensor, in_place: bool) -> l
     return scaled
 
 
-def _by_kernel(grads: Sequence[Tensor | None], factor: Tensor) -> list[Tensor]:
-    """Multiplies in place what the Triton kernel can, and says what that was."""
+def _by_kernel(grads: Sequence[Tensor | None], factor: Tensor) -> Sequence[int]:
+    """Multiplies in place what the Triton kernel can, and says which these were."""
     if not factor.is_cuda or unavailable("triton") is not None:
-        return []
+        return ()
     from bertkd.ops.triton.scale import can_scale, is_right, scale_
 
-    fit = [
-        grad
-        for grad in grads
+    fit = {
+        place: grad
+        for place, grad in enumerate(grads)
         if grad is not None and can_scale(grad, factor) and is_right(grad.dtype, grad.device)
-    ]
-    scale_(fit, factor)
-    return fit
+    }
+    scale_(list(fit.values()), factor)
+    return tuple(fit)
 
 
 def _is_last_visit(upstream: Tensor) -> bool:
