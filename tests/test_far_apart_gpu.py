@@ -15,6 +15,13 @@ pytestmark = [
 ]
 
 
+def skip_unless_there_is_memory(gib):
+    """Of the whole device: other workers' tests run beside this one."""
+    found = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if found < gib:
+        pytest.skip(f"needs {gib} GiB of device memory, got {found:.0f}")
+
+
 def skip_unless_it_runs(op, impl, tensors):
     if (reason := unavailable(impl) or implementation(impl).refusal(op, tensors)) is not None:
         pytest.skip(reason)
@@ -24,6 +31,7 @@ def skip_unless_it_runs(op, impl, tensors):
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 @pytest.mark.parametrize("op", sorted(verify.TENSORS))
 def test_offsets_beyond_32_bits(op, impl, form):
+    skip_unless_there_is_memory(70)
     case = case_of(op, "cuda")
     skip_unless_it_runs(op, impl, float_tensors(case[1:]))
     form = value_form(op) if form == "value" else form
@@ -85,9 +93,7 @@ def wrong_at_full_size(op, impl, sizes):
 
 def test_more_than_2_to_the_31_elements():
     """One after the other, since each takes tens of GiB."""
-    memory = torch.cuda.get_device_properties(0).total_memory
-    if memory < 100 * 2**30:
-        pytest.skip(f"needs 100 GiB of device memory, got {memory / 2**30:.0f}")
+    skip_unless_there_is_memory(100)
     findings = {}
     for op, impl, sizes in LARGE:
         if unavailable(impl) is None and (wrong := wrong_at_full_size(op, impl, sizes)):
