@@ -19,7 +19,6 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bertkd import Distiller
 from bertkd.bench.contestants import OURS
 from bertkd.bench.environment import find_device
 from bertkd.bench.step_cases import Trainer, step_case
@@ -31,37 +30,26 @@ ROUNDS, PROFILED = 9, 3
 
 def parts_of(trainer: Trainer) -> dict[str, Callable[[], object]]:
     """The step and what it consists of, each to be called by itself."""
-    distiller = _distiller_of(trainer)
-    batch = trainer.batches[0]
-    if distiller._has_no_pads(batch):
-        batch = {name: x for name, x in batch.items() if name != "attention_mask"}
+    distiller, batch = trainer.distiller, trainer.batches[0]
+    assert distiller is not None
     needs = distiller.objective.needs()
+    inputs = distiller._inputs(batch)
 
-    def student() -> object:
-        return distiller._record(
-            distiller.student, batch, needs.student_blocks, needs.student_states, False
-        )
+    def teacher() -> None:
+        with trainer.precision():
+            distiller._record_teacher(inputs, needs)
+
+    def student() -> None:
+        wanted = needs.student_blocks, needs.student_states, needs.student_logits
+        with trainer.precision():
+            distiller._record(distiller.student, inputs, *wanted)
 
     return {
-        "teacher forward": _autocast(trainer, lambda: distiller._record_teacher(batch, needs)),
-        "student forward": _autocast(trainer, student),
-        "both, and the loss": lambda: trainer.loss(trainer.batches[0]),
+        "teacher forward": teacher,
+        "student forward": student,
+        "both, and the loss": lambda: trainer.loss(batch),
         "whole step": trainer,
     }
-
-
-def _distiller_of(trainer: Trainer) -> Distiller:
-    cells = getattr(trainer.loss_of, "__closure__", None) or ()
-    return next(c.cell_contents for c in cells if isinstance(c.cell_contents, Distiller))
-
-
-def _autocast(trainer: Trainer, run: Callable[[], object]) -> Callable[[], object]:
-    def inside() -> object:
-        enabled = trainer.dtype != torch.float32
-        with torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=enabled):
-            return run()
-
-    return inside
 
 
 def timed(run: Callable[[], object], wait: Callable[[], object]) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from bertkd.objectives.base import Side
 from bertkd.objectives.batch import check_batch
 from bertkd.objectives.options import not_negative
 from bertkd.objectives.sides import check_models, model_inputs
+from bertkd.ops.checks import HALVES
 from bertkd.ops.dispatch import requested
 from bertkd.plan import Plan, make_plan
 
@@ -150,9 +151,7 @@ class Distiller(nn.Module):
         self.objective.redraw()
         needs = self.objective.needs()
         check_batch(batch, needs, self.objective)
-        inputs = batch
-        if self._has_no_pads(batch):
-            inputs = {name: column for name, column in batch.items() if name != "attention_mask"}
+        inputs = self._inputs(batch)
         teacher = self._record_teacher(inputs, needs)
         student = self._record(
             self.student, inputs, needs.student_blocks, needs.student_states, needs.student_logits
@@ -268,6 +267,12 @@ class Distiller(nn.Module):
         config: Any = unwrap(model).config
         return self._instead_of_sdpa(model) or config._attn_implementation or "eager"
 
+    def _inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch as the models get it: without a mask where that would hold ones only."""
+        if not self._has_no_pads(batch):
+            return batch
+        return {name: column for name, column in batch.items() if name != "attention_mask"}
+
     def _has_no_pads(self, batch: Mapping[str, Any]) -> bool:
         """Whether all tokens are real, where asking costs nothing: both models would ask the device for themselves.
 
@@ -337,11 +342,8 @@ def _look_over(model: nn.Module) -> tuple[bool, bool]:
             training = training or module.training
             waiting.extend(module._modules.values())
             for weight in module._parameters.values():
-                half = half and (weight is None or weight.dtype in _HALVES)
+                half = half and (weight is None or weight.dtype in HALVES)
     return training, half
-
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 def _logits(recording: Recording, side: Side) -> Tensor:

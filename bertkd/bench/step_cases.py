@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from bertkd.bench import step_losses
 from bertkd.bench.cases import Case
 from bertkd.bench.lengths import glue_lengths
 from bertkd.bench.step_models import PAIRS, networks
+
+if TYPE_CHECKING:
+    from bertkd import Distiller
 
 BATCHES = 4  # of different lengths, where lengths differ
 
@@ -94,11 +97,13 @@ class Trainer:
             teacher.to(self.dtype)
         pairs = list(PAIRS[case.op].blocks)[-case.layers :]
         self.student = student
+        self.distiller: Distiller | None = None
         self.loss_of: step_losses.StepLoss
         if impl == "eager":
             self.loss_of = step_losses.eager(case.op, teacher, student, pairs)
         else:
-            self.loss_of = step_losses.ours(case.op, teacher, student, impl, pairs)
+            distiller = step_losses.ours(case.op, teacher, student, impl, pairs)
+            self.distiller, self.loss_of = distiller, lambda batch: distiller(batch).loss
         # A tiny rate: values do not matter, and what was verified stays true.
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-8, fused=True)
         self.batches = make_batches(case, device)
@@ -113,11 +118,14 @@ class Trainer:
         self.case = replace(self.case, batch=batch)
         self.batches = make_batches(self.case, self.device)
 
+    def precision(self) -> torch.autocast:
+        """Autocast, where the case is not one of float32."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss of a batch."""
-        with torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32
-        ):
+        with self.precision():
             return self.loss_of(batch)
 
     def __call__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,20 +12,22 @@ from torch import Tensor
 from bertkd.bench.ops_attention import kl_of_maps
 from bertkd.bench.step_models import PAIRS
 
+if TYPE_CHECKING:
+    from bertkd import Distiller
+
 Batch = Mapping[str, Tensor]
 StepLoss = Callable[[Batch], Tensor]
 
 
 def ours(
     name: str, teacher: Any, student: Any, impl: str, pairs: Sequence[tuple[int, int]]
-) -> StepLoss:
-    """The Distiller's loss; on a CPU with ``impl="native"`` bertkd's attention in both networks, else SDPA."""
+) -> Distiller:
+    """A Distiller; on a CPU with ``impl="native"`` with bertkd's attention in both networks, else SDPA."""
     import bertkd
 
     pair = PAIRS[name]
     objective = pair.objective.format(*pairs[0], pair.relation_heads)
-    distiller = bertkd.Distiller(teacher, student, objective, layer_map=list(pairs), impl=impl)
-    return lambda batch: distiller(batch).loss
+    return bertkd.Distiller(teacher, student, objective, layer_map=list(pairs), impl=impl)
 
 
 def eager(name: str, teacher: Any, student: Any, pairs: Sequence[tuple[int, int]]) -> StepLoss:

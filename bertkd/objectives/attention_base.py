@@ -46,18 +46,19 @@ class AttentionTerm(MappedTerm):
         """The blocks of the pairs, and what the term reads of the teacher's."""
         return replace(super().needs(), teacher_parts=frozenset(self.PARTS))
 
-    def warn_of_window(self, step: StepContext, pair: tuple[int, int]) -> None:
+    def warn_of_windows(self, step: StepContext) -> None:
         """Warn once where a block attends to a window only: its map is compared without it."""
-        windows = step.student.window.get(pair[0]), step.teacher.window.get(pair[1])
-        length = step.student.q[pair[0]].shape[2]
-        if not self._warned and any(w is not None and length > w + 1 for w in windows):
-            self._warned = True
-            warnings.warn(
-                f"{self.name} compares student block {pair[0]} with teacher block {pair[1]} over all "
-                f"{length} tokens, though they attend to windows of {windows} tokens (None: all); map "
-                "global blocks to global ones where the difference matters",
-                stacklevel=2,
-            )
+        for ours, theirs in self.pairs:
+            windows = step.student.window.get(ours), step.teacher.window.get(theirs)
+            length = step.student.q[ours].shape[2]
+            if not self._warned and any(w is not None and length > w + 1 for w in windows):
+                self._warned = True
+                warnings.warn(
+                    f"{self.name} compares student block {ours} with teacher block {theirs} over all "
+                    f"{length} tokens, though they attend to windows of {windows} tokens (None: all); map "
+                    "global blocks to global ones where the difference matters",
+                    stacklevel=2,
+                )
 
     def own_scales(self, step: StepContext) -> tuple[float | None, float | None]:
         """The models' own factors on the scores, the same for all blocks; None leaves re-split heads theirs.
@@ -189,4 +190,4 @@ class RelationTerm(AttentionTerm):
             min_prob=self.min_prob,
             impl=self.impl,
         )
-        return total if self.reduction == "sum" else total / len(wanted)
+        return self.reduced(total, len(wanted))

@@ -245,8 +245,12 @@ class MappedTerm(Term):
 
     def over_pairs(self, losses: Iterable[Tensor]) -> Tensor:
         """Sum (or mean) of the pairs' losses."""
-        stacked = torch.stack(list(losses))
-        return stacked.sum() if self.reduction == "sum" else stacked.mean()
+        each = list(losses)
+        return self.reduced(torch.stack(each).sum(), len(each))
+
+    def reduced(self, total: Tensor, count: int) -> Tensor:
+        """The sum of ``count`` losses as it is, or their mean."""
+        return total if self.reduction == "sum" else total / count
 
     def map_text(self) -> str:
         """The pairs as text, marked when they are redrawn."""

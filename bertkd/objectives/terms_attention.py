@@ -43,8 +43,7 @@ class AttMSE(AttentionTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step."""
-        for pair in self.pairs:
-            self.warn_of_window(step, pair)
+        self.warn_of_windows(step)
         ours, theirs = step.student, step.teacher
         scale_s, scale_t = self.own_scales(step)
         total = functional.attention_mse(
@@ -60,7 +59,7 @@ class AttMSE(AttentionTerm):
             min_score=self.min_score,
             impl=self.impl,
         )
-        return total if self.reduction == "sum" else total / len(self.pairs)
+        return self.reduced(total, len(self.pairs))
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: all maps and one difference per pair; fused: teacher q, k and gradients."""
@@ -87,8 +86,7 @@ class AttKL(RelationTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step, each side with its model's own scale."""
-        for pair in self.pairs:
-            self.warn_of_window(step, pair)
+        self.warn_of_windows(step)
         wanted = [(pair, "qk") for pair in self.pairs]
         return self.relations(step, wanted, scales=self.own_scales(step))
 

@@ -46,11 +46,11 @@ class AttPearson(AttentionTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step."""
+        self.warn_of_windows(step)
         form = _along_keys if self.axes == "keys" else _along_all_axes
         return self.over_pairs(form(*self._operands(step, s, t)) for s, t in self.pairs)
 
     def _operands(self, step: StepContext, s: int, t: int) -> tuple[Any, ...]:
-        self.warn_of_window(step, (s, t))
         ours, theirs = step.student, step.teacher
         # Scaling q is what the models do themselves: the scores are q k^T from here on.
         q_s, q_t = ours.q[s].float() * ours.scale[s], theirs.q[t].float() * theirs.scale[t]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bertkd.ops.checks import HALVES
 from bertkd.ops.dispatch import unavailable
 from bertkd.ops.rows import weighted
 from bertkd.ops.schema import LEAVES_ROWS_OUT, OPS, value_form
@@ -46,7 +48,7 @@ def _scaled(grads: Sequence[Tensor | None], factor: Tensor, in_place: bool) -> l
     for place, grad in enumerate(grads):
         if grad is None or place in done:
             scaled.append(grad)
-        elif grad.dtype in (torch.float16, torch.bfloat16):
+        elif grad.dtype in HALVES:
             scaled.append((grad.float() * factor).to(grad.dtype))
         else:
             scaled.append(grad.mul_(factor) if in_place else grad * factor)
@@ -133,7 +135,9 @@ class SumLoss(torch.autograd.Function):
     def forward(ctx, op, impl, wrt, groups, row_weight, *args):
         losses: list[Tensor] = []
         placed: list[Tensor | None] = []
-        for call in _calls(args, groups):
+        size = sum(group or 1 for group in groups)
+        for start in range(0, len(args), size):
+            call = args[start : start + size]
             loss, *grads = OPS[f"{op}_fwd_bwd"](row_weight, *_pack(call, groups), impl)
             losses.append(loss)
             placed += _place(grads, wrt, call)
@@ -148,12 +152,6 @@ class SumLoss(torch.autograd.Function):
         if last and _is_one(grad_loss):
             return None, None, None, None, None, *ctx.saved_tensors
         return None, None, None, None, None, *_scaled(ctx.saved_tensors, grad_loss, last)
-
-
-def _calls(flat: Sequence[Any], groups: Sequence[int]) -> Iterator[Sequence[Any]]:
-    """The flattened arguments of every call, of calls that are grouped alike."""
-    size = sum(group or 1 for group in groups)
-    return (flat[at : at + size] for at in range(0, len(flat), size))
 
 
 def _total(losses: list[Tensor]) -> Tensor:
@@ -236,13 +234,11 @@ def total_loss(
         calls: the ``args`` of every call, grouped alike: lists of states are of one length.
     """
     flattened = [_flatten(args) for args in calls]
-    flat = [x for of_call, _ in flattened for x in of_call]
-    groups = flattened[0][1]
-    _refuse_tangents(op, flat)
+    flat, groups = [flat for flat, _ in flattened], flattened[0][1]
+    for call in flat:
+        _refuse_tangents(op, call)
     if divisor is not None and not any(
-        call[i] is not None and call[i].dtype == torch.float16
-        for call in _calls(flat, groups)
-        for i in wrt
+        call[i] is not None and call[i].dtype == torch.float16 for call in flat for i in wrt
     ):
         # In the weights it costs no pass over the gradients, and these are rounded once. Float16 has no
         # room for the gradients of a mean: there they are divided in float32, together with the loss scale.
@@ -260,13 +256,12 @@ def _divided(weight: Tensor, divisor: Tensor) -> Tensor:
     return (once / divisor).expand(weight.shape)
 
 
-def _total_loss(op, impl, row_weight, flat, groups, wrt) -> Tensor:
-    calls = list(_calls(flat, groups))
+def _total_loss(op, impl, row_weight, calls, groups, wrt) -> Tensor:
     if len(calls) > 1 and torch.compiler.is_compiling():
         # A graph spares the host nothing, and takes no function that is given one tensor, such as a mask, twice.
-        return _total([_total_loss(op, impl, row_weight, call, groups, wrt) for call in calls])
+        return _total([_total_loss(op, impl, row_weight, [call], groups, wrt) for call in calls])
     if any(_needs_grad(call, wrt) for call in calls):
-        return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)
+        return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *chain.from_iterable(calls))
     with torch.no_grad():
         return _total([_value(op, impl, row_weight, call, groups) for call in calls])
 

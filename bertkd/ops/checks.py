@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32, torch.float64)
 
 
 def check_tensors(op: str, rank: int | None, **tensors: Tensor) -> None:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 from torch import Tensor, nn
 
 from bertkd.errors import unknown_name
+from bertkd.ops.checks import HALVES
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
@@ -115,7 +115,7 @@ def check_module(module: nn.Module) -> None:
     half = [
         (name, str(weight.dtype).removeprefix("torch."))
         for name, weight in module.named_parameters()
-        if weight.requires_grad and weight.dtype in (torch.float16, torch.bfloat16)
+        if weight.requires_grad and weight.dtype in HALVES
     ]
     if half:
         name, dtype = half[0]

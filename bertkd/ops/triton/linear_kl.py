@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bertkd.ops.tensors import laid_out_like, unit_stride
+from bertkd.ops.triton.attention import cdiv
 from bertkd.ops.triton.softmax_kl import row_kl
-from bertkd.ops.triton.states import add_product, aligned_size, operand_dtype, padded_size, product
+from bertkd.ops.triton.states import add_product, aligned_size, operand_dtype, product
 
 # Logits of one side in a chunk: 64 MiB of fp32. The rows depend on V alone: taking what memory happens to be free would
 # change the order of the sums, and with it the last bits, from run to run.
@@ -57,7 +58,7 @@ class _Logits:
         self.step = max(MIN_ROWS, CHUNK // self.classes // 128 * 128)
         self.n_rows = n_rows
         # Rows that start at multiples of 16 bytes, as wide loads and matrix units want them.
-        size = 2, min(self.step, n_rows), padded_size(self.classes)
+        size = 2, min(self.step, n_rows), 8 * cdiv(self.classes, 8)
         self.memory = torch.empty(size, dtype=torch.float32, device=device)
         self.weights = [side.weight[: self.whole].T for side in self.sides]
         self.rest: Tensor | None = None

@@ -53,11 +53,6 @@ def aligned_size(size: int) -> int:
     return size // 8 * 8 or size
 
 
-def padded_size(size: int) -> int:
-    """The next multiple of 8."""
-    return -(-size // 8) * 8
-
-
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` in fp32, from operands of one dtype, by the vendor's library."""
     if a.dtype == torch.float32:
