@@ -9,16 +9,22 @@ from bertkd.ops.tensors import unit_stride
 SIZES = verify.Sizes(batch=3, heads=1, length=17, widths=(16, 8), vocabulary=40)
 
 
-def far_apart(x):
-    """The same numbers, in rows (N, d) or sequences (B, H, L, D) that reach beyond 2^31 elements."""
+def spread(x):
+    """The same numbers, reaching beyond 2^31 elements along the first dimension."""
     gap = -(-(2**31) // (x.shape[0] - 1) // 16) * 16
     size = (x.shape[0] - 1) * gap + x[0].numel()
     memory = torch.empty(size, dtype=x.dtype, device=x.device)
     strides = (gap, *torch.empty(x.shape[1:]).stride())
     far = memory.as_strided(x.shape, strides)
     assert (x.shape[0] - 1) * far.stride(0) >= 2**31
-    assert unit_stride(far) is far
     return far.copy_(x)
+
+
+def far_apart(x):
+    """Rows (N, d) or sequences (B, H, L, D) spread so that no kernel copies them first."""
+    far = spread(x)
+    assert unit_stride(far) is far
+    return far
 
 
 def case_of(op, device="cpu"):
@@ -48,4 +54,7 @@ def check(function, case, places, *, weighted):
     for place in range(places):
         got = verify._results(function(*moved(case, place)[not weighted :]))
         for a, b in zip(got, near, strict=True):
+            torch.testing.assert_close(a, b)
+    if weighted:
+        for a, b in zip(verify._results(function(spread(case[0]), *case[1:])), near, strict=True):
             torch.testing.assert_close(a, b)

@@ -152,6 +152,14 @@ def test_compiled_without_graph_breaks(impl):
         torch.testing.assert_close(a, b)
 
 
+def test_a_tangent_in_any_block_is_refused():
+    (q_s, k_s), teacher = blocks(0), blocks(9)
+    with torch.autograd.forward_ad.dual_level():
+        q_s[-1] = torch.autograd.forward_ad.make_dual(q_s[-1], torch.ones_like(q_s[-1]))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            KL(q_s, k_s, *teacher, impl="chunked")
+
+
 def test_no_gradient_where_only_some_blocks_want_one():
     (q_s, k_s), teacher = blocks(0), blocks(9)
     q_s[1].requires_grad_()
