@@ -28,6 +28,7 @@ LISTENERS = "_bertkd_attention_listeners"
 
 # Plain concatenation, because transformers looks for "flash" inside the name.
 _PREFIX = "bertkd-"
+_PADDED = _PREFIX + "padded-"
 
 # One lock a config, by its id: configs can be neither hashed nor copied with a lock inside.
 _LOCKS: dict[int, threading.RLock] = {}
@@ -38,7 +39,9 @@ _NAME_BLIND = ("eager", "sdpa", "flex_attention", cpu_attention.NAME)
 
 
 @contextmanager
-def intercept(config: PretrainedConfig, instead_of_sdpa: str | None = None) -> Iterator[None]:
+def intercept(
+    config: PretrainedConfig, instead_of_sdpa: str | None = None, has_pads: bool = False
+) -> Iterator[None]:
     """Let the models that hold ``config`` call the listeners of their attention modules.
 
     Nesting is fine; other threads wait, as listeners and config are the model's and not a thread's.
@@ -47,6 +50,7 @@ def intercept(config: PretrainedConfig, instead_of_sdpa: str | None = None) -> I
     Args:
         config: of the models.
         instead_of_sdpa: the implementation that is handed on to where the config names SDPA.
+        has_pads: the batch's mask holds zeros, so that making SDPA's mask of it need not look for them.
     """
     with _lock_of(config):
         before = config._attn_implementation
@@ -54,7 +58,7 @@ def intercept(config: PretrainedConfig, instead_of_sdpa: str | None = None) -> I
         if name == "sdpa" and instead_of_sdpa is not None:
             name = instead_of_sdpa
         if not name.startswith(_PREFIX):
-            config._attn_implementation = _register(name)
+            config._attn_implementation = _register(name, has_pads and name == "sdpa")
         try:
             yield
         finally:
@@ -69,7 +73,7 @@ def _lock_of(config: PretrainedConfig) -> threading.RLock:
         return _LOCKS[id(config)]
 
 
-def _register(name: str) -> str:
+def _register(name: str, has_pads: bool) -> str:
     """Register the interceptor of implementation ``name`` and return the interceptor's name."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -77,7 +81,7 @@ def _register(name: str) -> str:
     if name == cpu_attention.NAME:
         # A model that was unpickled may name it in a process where nobody has registered it yet.
         cpu_attention.register()
-    ours = _PREFIX + name
+    ours = (_PADDED if has_pads else _PREFIX) + name
     implementation = ALL_ATTENTION_FUNCTIONS.get(name)
     if implementation is None and name != "eager":
         raise ValueError(
@@ -88,8 +92,20 @@ def _register(name: str) -> str:
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
     # Without one, transformers makes no mask: that is how some implementations want it.
     if mask_function is not None:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(ours, mask_function)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(
+            ours, _mask_of_pads(mask_function) if has_pads else mask_function
+        )
     return ours
+
+
+@functools.cache
+def _mask_of_pads(mask_function: Callable) -> Callable:
+    """A mask function that does not look whether there are pads: on a GPU the host would wait for the answer."""
+
+    def mask_of_pads(*args: Any, **kwargs: Any) -> Any:
+        return mask_function(*args, **kwargs | {"allow_is_bidirectional_skip": False})
+
+    return mask_of_pads
 
 
 # Cached, so that a compiled graph meets the function again that it was traced with.

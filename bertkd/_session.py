@@ -51,7 +51,7 @@ class Stop(BaseException):
 class Session:
     """One ``Recording``, what is wanted in it, whether to stop once that is there, and what stands in for SDPA.
 
-    ``parts`` of a block are those of q, k and v that are worth keeping.
+    ``parts`` of a block are those of q, k and v that are worth keeping; ``has_pads`` is as for ``intercept``.
     """
 
     def __init__(
@@ -61,11 +61,12 @@ class Session:
         stop: bool,
         instead_of_sdpa: str | None = None,
         parts: str = "qkv",
+        has_pads: bool = False,
     ) -> None:
         self.recording = Recording()
         self.blocks, self.states, self.parts = blocks, states, parts
         self.stop = stop
-        self.instead_of_sdpa = instead_of_sdpa
+        self.instead_of_sdpa, self.has_pads = instead_of_sdpa, has_pads
         self.started = False
         self._undo = ExitStack()
 
@@ -81,7 +82,7 @@ class Session:
         base, blocks, attentions = base_model(model), block_list(model), attention_modules(model)
         configs: dict[int, Any] = {id(module.config): module.config for module in attentions}
         for config in configs.values():
-            undo.enter_context(intercept(config, self.instead_of_sdpa))
+            undo.enter_context(intercept(config, self.instead_of_sdpa, self.has_pads))
         _listen(undo, base, _STARTS, self.begin)
         for module, indices in _places(attentions).items():
             _listen(undo, module, LISTENERS, _AttentionTap(self, indices))

@@ -37,6 +37,8 @@ class Capture:
         instead_of_sdpa: name of a registered attention implementation that a model on SDPA attends with
             while a call or a ``record`` lasts. Not under gradient checkpointing, whose blocks run
             again later and must attend as they did.
+        has_pads: the caller knows that the attention mask holds zeros; a model on SDPA then does not look for
+            them, for which the host would wait for a GPU. False if it is not known.
 
     Raises:
         TypeError: the model is no Hugging Face model, or an index no integer.
@@ -52,6 +54,7 @@ class Capture:
         states: Iterable[int] = (),
         parts: str = "qkv",
         instead_of_sdpa: str | None = None,
+        has_pads: bool = False,
     ) -> None:
         if isinstance(getattr(model, "_orig_mod", model), nn.DataParallel):
             raise ValueError(
@@ -66,6 +69,7 @@ class Capture:
             raise ValueError(f"parts must be letters of 'qkv', got {parts!r}.")
         self.parts = parts
         self.instead_of_sdpa = instead_of_sdpa
+        self.has_pads = has_pads
 
     def __call__(self, *args: Any, stop_early: bool = False, **kwargs: Any) -> Recording:
         """Run ``model(*args, **kwargs)`` and return what was captured, with the model's output.
@@ -106,7 +110,7 @@ class Capture:
         # and a checkpoint with its hooks on saved tensors.
         modules = (self.model, base_model(self.model), *blocks)
         stop = stop and not checkpointing and not any(map(_is_distributed, modules))
-        session = Session(self.blocks, self.states, stop, instead, self.parts)
+        session = Session(self.blocks, self.states, stop, instead, self.parts, self.has_pads)
         try:
             session.attach(self.model)
             yield session.recording

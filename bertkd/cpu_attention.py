@@ -166,7 +166,13 @@ def _suits(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
         return dropout < 1
     # A head is one thread's work; half precision has instructions of its own on some processors.
     heads = query.shape[0] * query.shape[1]
-    return query.dtype == torch.float32 and heads >= torch.get_num_threads()
+    return query.dtype == torch.float32 and heads >= _threads()
+
+
+# A graph of torch.compile would break at the number itself.
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def _sdpa() -> Any:

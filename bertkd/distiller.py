@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bertkd import cpu_attention
 from bertkd.capture import Capture, Recording
-from bertkd.encoders import is_compiled, unwrap
+from bertkd.encoders import unwrap
 from bertkd.errors import NonFiniteError, unknown_name
 from bertkd.layer_maps import MapSpec
 from bertkd.objectives import Expression, Needs, Objective, StepContext, build_objective
@@ -151,10 +151,15 @@ class Distiller(nn.Module):
         self.objective.redraw()
         needs = self.objective.needs()
         check_batch(batch, needs, self.objective)
-        inputs = self._inputs(batch)
-        teacher = self._record_teacher(inputs, needs)
+        inputs, has_pads = self._inputs(batch)
+        teacher = self._record_teacher(inputs, needs, has_pads)
         student = self._record(
-            self.student, inputs, needs.student_blocks, needs.student_states, needs.student_logits
+            self.student,
+            inputs,
+            needs.student_blocks,
+            needs.student_states,
+            needs.student_logits,
+            has_pads=has_pads,
         )
         setup = self.objective.setup
         step = StepContext(
@@ -267,29 +272,29 @@ class Distiller(nn.Module):
         config: Any = unwrap(model).config
         return self._instead_of_sdpa(model) or config._attn_implementation or "eager"
 
-    def _inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The batch as the models get it: without a mask where that would hold ones only."""
-        if not self._has_no_pads(batch):
-            return batch
-        return {name: column for name, column in batch.items() if name != "attention_mask"}
+    def _inputs(self, batch: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+        """The batch as the models get it, without a mask of ones, and whether it is known to have pads.
 
-    def _has_no_pads(self, batch: Mapping[str, Any]) -> bool:
-        """Whether all tokens are real, where asking costs nothing: both models would ask the device for themselves.
-
-        Without a mask neither does. The second would wait until the first has run to its end, and leave a GPU
-        without work meanwhile.
+        Models on SDPA would each ask the device, the second once the first has run to its end; a GPU would be
+        without work meanwhile. Here it is asked once, before there is anything to wait for.
         """
         mask = batch.get("attention_mask")
         if mask is None or torch.compiler.is_compiling():
-            return False
-        for model in (self.teacher, self.student):
-            if is_compiled(model) or self._attention_of(model) not in ("sdpa", cpu_attention.NAME):
-                return False
+            return batch, False
+        if any(
+            self._attention_of(model) not in ("sdpa", cpu_attention.NAME)
+            for model in (self.teacher, self.student)
+        ):
+            return batch, False
         if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-        return bool(mask.all())
+            return batch, False
+        if not mask.all():
+            return batch, True
+        return {name: column for name, column in batch.items() if name != "attention_mask"}, False
 
-    def _record_teacher(self, batch: Mapping[str, Any], needs: Needs) -> Recording:
+    def _record_teacher(
+        self, batch: Mapping[str, Any], needs: Needs, has_pads: bool = False
+    ) -> Recording:
         if not (needs.teacher_blocks or needs.teacher_states or needs.teacher_logits):
             return Recording()
         device = batch["input_ids"].device
@@ -308,6 +313,7 @@ class Distiller(nn.Module):
                 needs.teacher_states,
                 needs.teacher_logits,
                 "".join(sorted(needs.teacher_parts)) or "qkv",  # without blocks none is kept
+                has_pads,
             )
 
     def _record(
@@ -318,6 +324,7 @@ class Distiller(nn.Module):
         states: frozenset[int],
         logits: bool,
         parts: str = "qkv",
+        has_pads: bool = False,
     ) -> Recording:
         capture = Capture(
             model,
@@ -325,6 +332,7 @@ class Distiller(nn.Module):
             states=sorted(states),
             parts=parts,
             instead_of_sdpa=self._instead_of_sdpa(model),
+            has_pads=has_pads,
         )
         return capture(stop_early=not logits, **model_inputs(model, batch))
 

@@ -146,16 +146,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return inner
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` runs ``model``, or the encoder inside it, as a whole."""
-    inner: Any = unwrap(model)
-    encoder = getattr(inner, getattr(inner, "base_model_prefix", ""), inner)
-    wrappers = (model, getattr(model, "module", model), encoder)
-    return any(hasattr(x, "_orig_mod") for x in wrappers) or any(
-        x._compiled_call_impl is not None for x in (inner, unwrap(encoder))
-    )
-
-
 def block_list(model: nn.Module) -> nn.ModuleList | list[nn.Module]:
     """Return the blocks of ``model`` in the order a forward runs them.
 

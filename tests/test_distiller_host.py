@@ -9,9 +9,10 @@ import torch
 from test_distiller import BOTH, gradients, models
 from tiny_models import tiny_batch, tiny_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertkd.distiller import Distiller, _look_over
-from bertkd.encoders import is_compiled
 
 
 def masks_seen(*networks):
@@ -42,7 +43,7 @@ def test_a_mask_of_ones_is_no_mask(objective, monkeypatch):
     without = run(distiller, batch)
     assert seen == [None, None]
     assert "attention_mask" in batch
-    monkeypatch.setattr(Distiller, "_has_no_pads", lambda self, batch: False)
+    monkeypatch.setattr(Distiller, "_inputs", lambda self, batch: (batch, False))
     for got, want in zip(without, run(distiller, batch), strict=True):
         torch.testing.assert_close(got, want)
     assert len(seen) == 4
@@ -70,28 +71,66 @@ def test_attention_that_does_not_ask_the_device_is_not_asked_for(which):
     assert [mask is batch["attention_mask"] for mask in seen] == [True, True]
 
 
-def test_a_compiled_model_keeps_its_one_graph():
+class Asked(TorchDispatchMode):
+    """Counts how often the host reads a number off a tensor, for which it would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "nomic_bert", "roberta"])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_a_device_is_asked_once_whether_there_are_pads(family, padding, monkeypatch):
+    teacher, student = tiny_model(family, layers=4), tiny_model(family, seed=1)
+    distiller = Distiller(teacher, student, BOTH, attention="keep", impl="chunked")
+    # Made on CPUs only.
+    distiller.finite_checks = False
+    monkeypatch.setattr("bertkd.distiller.check_batch", lambda *args: None)
+    batch = tiny_batch(teacher, padding=padding)
+    batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    with Asked() as asked:
+        bool(batch["attention_mask"].all())
+    assert asked.count == 1
+    with Asked() as asked:
+        distiller(batch)
+    assert asked.count == 1
+
+
+@pytest.mark.parametrize("attention", ["auto", "keep"])
+def test_known_pads_change_nothing(attention, monkeypatch):
+    for family in ("bert", "modernbert"):
+        teacher, student = tiny_model(family, layers=4), tiny_model(family, seed=1)
+        distiller = Distiller(teacher, student, BOTH, attention=attention)
+        batch = tiny_batch(teacher, padding="left")
+        known = run(distiller, batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(Distiller, "_inputs", lambda self, batch: (batch, False))
+            for got, want in zip(known, run(distiller, batch), strict=True):
+                assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("attention", ["auto", "keep"])
+def test_a_compiled_model_has_a_graph_for_batches_without_pads_and_one_for_others(attention):
+    torch._dynamo.reset()
     teacher, student = models()
-    batch = tiny_batch(teacher)
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    student.compile(backend="eager")
-    assert not Distiller(teacher, student, BOTH)._has_no_pads(batch)
-
-
-def test_compiled_is_seen_through_wrappers():
-    teacher, headed = models()[0], tiny_model("bert", head_cls="sequence")
-    assert not is_compiled(teacher)
-    assert is_compiled(torch.compile(teacher))
-    assert not is_compiled(headed)
-    assert is_compiled(torch.compile(headed))
-    headed.bert.compile()
-    assert is_compiled(headed)
-    other = tiny_model("bert", head_cls="sequence")
-    other.bert = torch.compile(other.bert)
-    assert is_compiled(other)
-    # As in DistributedDataParallel around a compiled model; this wrapper needs no process group.
-    assert is_compiled(nn.DataParallel(torch.compile(teacher)))
-    assert not is_compiled(nn.DataParallel(teacher))
+    distiller = Distiller(teacher, student, BOTH, attention=attention)
+    padded, full = tiny_batch(teacher, padding="right"), tiny_batch(teacher)
+    full["attention_mask"] = torch.ones_like(full["input_ids"])
+    want = [run(distiller, batch) for batch in (padded, full)]
+    counters = CompileCounter(), CompileCounter()
+    for model, counter in zip((teacher, student), counters, strict=True):
+        model.compile(fullgraph=True, backend=counter)
+    for _ in range(2):
+        for batch, expected in zip((padded, full), want, strict=True):
+            for got, each in zip(run(distiller, batch), expected, strict=True):
+                torch.testing.assert_close(got, each)
+        assert [counter.frame_count for counter in counters] == [2, 2]
+    torch._dynamo.reset()
 
 
 def captured_states(teacher, student):
