@@ -33,7 +33,7 @@ def parts_of(trainer: Trainer) -> dict[str, Callable[[], object]]:
     distiller, batch = trainer.distiller, trainer.batches[0]
     assert distiller is not None
     needs = distiller.objective.needs()
-    inputs = distiller._inputs(batch)
+    inputs, _ = distiller._inputs(batch)
 
     def teacher() -> None:
         with trainer.precision():

@@ -43,6 +43,4 @@ def test_a_profile_of_a_step_shows_its_parts(monkeypatch, capsys):
     assert [name for name, *_ in parts] == [
         "teacher forward", "student forward", "both, and the loss", "whole step"
     ]  # fmt: skip
-    walls = [float(wall) for _, wall, *_ in parts]
-    assert all(wall > 0 for wall in walls)
-    assert walls[3] > walls[0]
+    assert all(float(wall) > 0 for _, wall, *_ in parts)

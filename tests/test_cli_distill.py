@@ -37,6 +37,18 @@ def test_finetuned_teacher_has_learnt_and_is_a_plain_checkpoint(place):
     assert "text-classification" in (place["root"] / "teacher/model/README.md").read_text()
 
 
+def test_the_seed_is_that_of_a_new_head_too(place, tmp_path):
+    words = ["--model", place["model"], "--task", place["task"], "--steps", "1", "--lr", "1e-9"]
+    heads = []
+    for number, seed in enumerate((1, 1, 2)):
+        out = tmp_path / str(number)
+        assert main(["finetune", *words, "--output_dir", str(out), "--seed", str(seed), *FAST]) == 0
+        model = AutoModelForSequenceClassification.from_pretrained(out / "model")
+        heads.append(model.classifier.weight.detach())
+    torch.testing.assert_close(heads[0], heads[1])
+    assert not torch.allclose(heads[0], heads[2], atol=1e-3)
+
+
 def test_a_task_that_the_hub_does_not_give_is_one_line_and_code_2(
     place, tmp_path, capsys, monkeypatch
 ):

@@ -13,6 +13,7 @@ from bertkd.bench import step_losses
 from bertkd.bench.cases import Case
 from bertkd.bench.lengths import glue_lengths
 from bertkd.bench.step_models import PAIRS, networks
+from bertkd.compiling import compile_in_place
 
 if TYPE_CHECKING:
     from bertkd import Distiller
@@ -36,6 +37,10 @@ def step_cases_for(device: str) -> list[Case]:
             step_case(name, 8, 512),
             step_case(name, 32, 128, padding="glue", importance=2),
             step_case("minilm_l6_to_3_dropout", 8, 512, importance=2),
+            *(
+                step_case("minilm_l6_to_3_compiled", b, n, importance=3)
+                for b, n in ((32, 128), (8, 512))
+            ),
             *(step_case(name, 8, 256, layers=count, **sweep) for count in (1, 2, 3)),
         ]
     bf16 = "bfloat16"
@@ -45,6 +50,7 @@ def step_cases_for(device: str) -> list[Case]:
         step_case("bert_large_to_6_qkv", 32, 512, dtype=bf16, importance=2),
         step_case("roberta_base_to_3", 64, 512, dtype=bf16, importance=2),
     ]
+    cases.append(step_case("bert_base_to_6_compiled", 32, 512, dtype=bf16, importance=3))
     cases += [
         step_case("modernbert_base_to_11", 8192 // n, n, dtype=bf16, importance=3)
         for n in (1024, 2048, 4096, 8192)
@@ -107,6 +113,11 @@ class Trainer:
         # A tiny rate: values do not matter, and what was verified stays true.
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-8, fused=True)
         self.batches = make_batches(case, device)
+        if PAIRS[case.op].compiled:
+            # The hooks that fetch eager's maps are set in the first forward, under a lock that breaks a graph.
+            with torch.no_grad():
+                self.loss(self.batches[0])
+            compile_in_place(teacher, student)
 
     @property
     def tokens(self) -> int:
@@ -147,7 +158,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # Two contestants never drop the same.
         was_training = self.student.training
-        self.student.eval()
+        self.student.train(was_training and not PAIRS[self.case.op].dropout)
         loss = self.loss(batch)
         self.student.train(was_training)
         loss.backward()

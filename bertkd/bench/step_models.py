@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Pair:
         blocks: matched (student block, teacher block) pairs.
         relation_heads: heads that q, k and v are re-split into; None leaves the models' own.
         dropout: of the student, everywhere that BERT has one; steps are compared without it and timed with it.
+        compiled: both networks by torch.compile, those of the baseline too.
     """
 
     config: str
@@ -33,6 +34,7 @@ class Pair:
     options: dict[str, Any] = field(default_factory=dict)
     relation_heads: int | None = None
     dropout: float = 0.0
+    compiled: bool = False
 
 
 QKV = "qkv_kl(student_block={0}, teacher_block={1}, relation_heads={2})"
@@ -58,23 +60,20 @@ _TINY = {
     "intermediate_size": 32,
 }
 
+_MINILM_TO_3 = Pair(
+    "BertConfig", "BertModel", "uniform:3", "att_kl", [(0, 1), (1, 3), (2, 5)], _MINILM
+)
+_BASE_TO_6 = Pair(
+    "BertConfig", "BertModel", "uniform:6", "att_kl", [(i, 2 * i + 1) for i in range(6)]
+)
+
 PAIRS: dict[str, Pair] = {
-    "minilm_l6_to_3": Pair(
-        "BertConfig", "BertModel", "uniform:3", "att_kl", [(0, 1), (1, 3), (2, 5)], _MINILM
-    ),
-    # The same with the dropout that a student has unless its user switches it off.
-    "minilm_l6_to_3_dropout": Pair(
-        "BertConfig",
-        "BertModel",
-        "uniform:3",
-        "att_kl",
-        [(0, 1), (1, 3), (2, 5)],
-        _MINILM,
-        dropout=0.1,
-    ),
-    "bert_base_to_6": Pair(
-        "BertConfig", "BertModel", "uniform:6", "att_kl", [(i, 2 * i + 1) for i in range(6)]
-    ),
+    "minilm_l6_to_3": _MINILM_TO_3,
+    # With the dropout that a student has unless its user switches it off.
+    "minilm_l6_to_3_dropout": replace(_MINILM_TO_3, dropout=0.1),
+    "minilm_l6_to_3_compiled": replace(_MINILM_TO_3, compiled=True),
+    "bert_base_to_6": _BASE_TO_6,
+    "bert_base_to_6_compiled": replace(_BASE_TO_6, compiled=True),
     # MiniLMv2 takes one block of a large teacher, not its last.
     "bert_large_to_6_qkv": Pair("BertConfig", "BertModel", "uniform:6", QKV, [(5, 20)], _LARGE, 64),
     "roberta_base_to_3": Pair(

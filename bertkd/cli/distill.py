@@ -85,11 +85,13 @@ def prepare(config: Config) -> Callable[[], None]:
         # Loaded anew: a cast would round what from_pretrained keeps, rotary frequencies for one.
         teacher = load_model(config.teacher, "teacher", head, config.teacher_precision)
         facts["teacher's weights"] = config.teacher_precision
+    if config.torch_compile:
+        facts["networks"] = "compiled with torch.compile"
 
     def build(stage: Stage) -> Distiller:
         from bertkd.distiller import Distiller
 
-        return Distiller(
+        distiller = Distiller(
             teacher,
             student,
             stage.objective,
@@ -98,6 +100,9 @@ def prepare(config: Config) -> Callable[[], None]:
             num_examples=len(workload.train),
             seed=recipe.seed,
         )
+        if config.torch_compile:
+            distiller.compile()
+        return distiller
 
     # Every stage is built once before any is trained, so that a mistake in the last one shows now.
     stages = tuple(_judged(stage, build(stage), workload) for stage in recipe.stages)
@@ -181,7 +186,7 @@ def _student(config: Config, recipe: Recipe, teacher: Any, workload: Workload) -
     from bertkd.study.models import load_model
 
     if config.student is not None:
-        return load_model(config.student, "student", workload.head)
+        return load_model(config.student, "student", workload.head, seed=recipe.seed)
     return create_student(
         teacher,
         recipe.layers,

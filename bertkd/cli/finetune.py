@@ -38,6 +38,7 @@ def prepare(config: Config) -> Callable[[], None]:
     """
     from accelerate import PartialState
 
+    from bertkd.compiling import compile_in_place
     from bertkd.study.costs import count_parameters
     from bertkd.study.files import check_output_dir
     from bertkd.study.jobs import Job, run_job
@@ -54,7 +55,10 @@ def prepare(config: Config) -> Callable[[], None]:
     stage = recipe.stages[0]
     if stage.metric is None:
         stage = dataclasses.replace(stage, metric=workload.metric)
-    model = load_model(config.model, "model", "labels", **label_config(workload.task))
+    labels = label_config(workload.task)
+    model = load_model(config.model, "model", "labels", seed=recipe.seed, **labels)
+    if config.torch_compile:
+        compile_in_place(model)
     job = Job(
         command="finetune",
         source=config.model,

@@ -48,6 +48,7 @@ def load_model(
     argument: str,
     head: str | None = None,
     precision: str = "fp32",
+    seed: int = 0,
     **config: Any,
 ) -> PreTrainedModel:
     """An encoder, with a head for labels or masked words if asked for.
@@ -58,6 +59,7 @@ def load_model(
         head: ``"labels"`` (sequence classification or regression), ``"mlm"``, or ``None``.
         precision: of the weights, "fp32", "bf16" or "fp16", whatever the checkpoint was saved in:
             in half precision they could not be trained.
+        seed: of weights that the checkpoint lacks, as those of a new head.
         config: overrides of the model's config, e.g. ``num_labels=2``.
 
     Raises:
@@ -73,7 +75,12 @@ def load_model(
         "mlm": AutoModelForMaskedLM,
         None: AutoModel,
     }
-    with quiet_transformers(), _said_plainly(path, argument, "a model"):
+    with (
+        quiet_transformers(),
+        _said_plainly(path, argument, "a model"),
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.manual_seed(seed)
         try:
             return classes[head].from_pretrained(path, dtype=dtypes[precision], **config)
         except RuntimeError as error:

@@ -1,0 +1,30 @@
+"""``torch.compile`` for networks that run in several ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bertkd.encoders import unwrap
+
+# Teacher and student share their code, and every way to run it counts: blocks that are captured, with and without
+# pads, in training and in evaluation, a first length and any length. PyTorch gives up after 8 and runs uncompiled.
+_GRAPHS = 64
+
+
+def compile_in_place(*models: nn.Module, **options: Any) -> None:
+    """Compile each model as a whole, without another name for its weights; one that is compiled already is left.
+
+    Args:
+        models: any modules.
+        options: as ``torch.compile`` takes them, e.g. ``dynamic``, ``mode``, ``backend``.
+    """
+    import torch._dynamo  # takes a second, and few compile
+
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+    for model in models:
+        inner = unwrap(model)
+        if not hasattr(model, "_orig_mod") and inner._compiled_call_impl is None:
+            inner.compile(**options)
