@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertkd import functional
 from bertkd.ops.dispatch import unavailable
+from bertkd.ops.schema import OPS
+from bertkd.ops.shared import found_once, shared_calls
 
 BLOCKS, BATCH, LENGTH = 3, 3, 19
 KL = functional.attention_kl
@@ -224,21 +226,96 @@ def test_extents_are_looked_at_once_for_all_blocks_and_never_kept_too_long(monke
     value_and_grads(of_all(KL, mask, {"impl": "triton"}), [*q_s, *k_s], teacher=teacher)
     assert len(made) == 1
 
-    weight = torch.ones(BATCH, 4, LENGTH)
-    for change in (lambda: None, lambda: weight.zero_(), lambda: mask.zero_()):
-        change()
-        before = len(made)
-        fresh = inner(mask, weight, q_s[0])
-        kept = attention.extents_of(mask, weight, q_s[0])
-        assert torch.equal(kept.table[:, :5], fresh.table[:, :5])
-        assert len(made) == before + 1
-        attention.extents_of(mask, weight, q_s[0])
-        assert len(made) == before + 1
-    masks = [torch.ones_like(mask), torch.ones_like(mask), None]
-    masks[1][:, 5:] = False
-    masks[0][:, :] = True
-    assert masks[0]._version == masks[1]._version
-    for number, other in enumerate(masks, 2):
-        kept = attention.extents_of(other, weight, q_s[0])
-        assert torch.equal(kept.table[:, :5], inner(other, weight, q_s[0]).table[:, :5])
+    # Compiled code writes into memory that it has used before, and nobody notes that.
+    few, all_ = torch.zeros(BATCH, 4, LENGTH), torch.ones(BATCH, 4, LENGTH)
+    few[..., :2] = 1
+    weight = few.clone()
+    sides = [q_s[0], k_s[0], *(x[0] for x in teacher), mask, 0.25, 0.25, "triton"]
+    for now in (few, all_, few):
+        weight.data.copy_(now)
+        found = OPS["relation_kl_fwd_bwd"](weight, *sides)
+        for got, want in zip(found, OPS["relation_kl_fwd_bwd"](now, *sides), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_what_calls_share_is_told_apart_and_forgotten():
+    masks, weights = [torch.ones(2, 3), torch.ones(2, 3), None], [torch.ones(2), torch.ones(2)]
+    pairs = [(mask, weight) for mask in masks for weight in (*weights, None)]
+    made = []
+
+    def make(mask, weight, x):
+        made.append((mask, weight))
+        return len(made)
+
+    for _ in range(2):
+        made.clear()
+        with shared_calls():
+            for _ in range(2):
+                numbers = [found_once(make, *pair, None) for pair in pairs]
+                assert numbers == list(range(1, len(pairs) + 1))
+    with pytest.raises(RuntimeError), shared_calls():
+        found_once(make, *pairs[0], None)
+        raise RuntimeError
+    before = len(made)
+    for number in (1, 2):
+        found_once(make, *pairs[0], None)
         assert len(made) == before + number
+
+
+def test_a_block_in_float64_among_others_leaves_those_to_the_kernels(monkeypatch):
+    """The weights of all blocks are in float64 then."""
+    pytest.importorskip("triton")
+    from bertkd.ops import triton
+    from bertkd.ops.triton import attention
+
+    if (reason := unavailable("triton")) is not None:
+        pytest.skip(reason)
+    (q_s, k_s), teacher = blocks(0), blocks(9)
+    seen, inner = [], attention._extents
+    weight = torch.linspace(0.0, 2.0, BATCH * LENGTH, dtype=torch.float64).view(BATCH, 1, LENGTH)
+    weight = weight.expand(-1, 4, -1)
+    for name, count in (("relation_kl", 2), ("attention_mse", 2), ("self_relation_kl", 1)):
+        sides = [x[0] for x in (q_s, k_s)[:count]] + [x[0] for x in teacher[:count]]
+        sides += [None, 0.3, 0.3]
+        # A compiler takes one dtype only; the interpreter would not mind.
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_extents", lambda *args: seen.append(args[1]) or inner(*args))
+            function = getattr(triton, f"{name}_fwd_bwd")
+            got = function(weight, *sides)
+        assert seen.pop().dtype == torch.float32
+        for a, b in zip(got, function(weight.float(), *sides), strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "native", "triton"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_mask_made_in_inference_mode(impl, reduction):
+    if (reason := unavailable(impl)) is not None:
+        pytest.skip(reason)
+    (q_s, k_s), teacher = blocks(0), blocks(9)
+    student, teacher = [q_s[0], k_s[0]], [x[0] for x in teacher]
+    mask = ragged_mask(BATCH, LENGTH, seed=1).bool()
+    for loss in (KL, MSE):
+        options = {"impl": impl, "reduction": reduction}
+        want = value_and_grads(loss, student, *teacher, mask, **options)
+        with torch.inference_mode():
+            other = mask.clone()
+        got = value_and_grads(loss, student, *teacher, other, **options)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [KL, MSE])
+def test_a_graph_takes_one_tensor_as_query_and_key(loss, reduction):
+    torch._dynamo.reset()
+    x, (q_t, k_t) = qkv(2, 4, LENGTH, 8, seed=0)[0], qkv(2, 4, LENGTH, 8, seed=1)
+
+    def run(x, q_t, k_t):
+        return loss(x, x, q_t, k_t, impl="chunked", reduction=reduction).sum()
+
+    want = value_and_grads(run, [x], q_t, k_t)
+    got = value_and_grads(torch.compile(run, fullgraph=True, backend="aot_eager"), [x], q_t, k_t)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)

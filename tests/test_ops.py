@@ -133,6 +133,30 @@ def test_no_op_computes_in_half_precision_under_autocast(op, impl):
         assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
+@pytest.mark.parametrize("op", sorted(verify.TENSORS))
+def test_the_check_is_that_of_float32_whatever_surrounds_it(op, monkeypatch):
+    """Autocast would run products in half precision, another default dtype would give weights in it."""
+    found = []
+    inner = verify.compare
+    monkeypatch.setattr(
+        verify, "compare", lambda *a: found.append((a[2], inner(*a))) or found[-1][1]
+    )
+    kind = op, "fwd_bwd", "chunked", torch.device("cpu"), (torch.float32,) * verify.TENSORS[op]
+    sizes = verify.Sizes(length=17, vocabulary=40)
+    assert verify._verdict(*kind, sizes) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert verify._verdict(*kind, sizes) is None
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert verify._verdict(*kind, sizes) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (plain, wanted), *others = found
+    for case, comparison in others:
+        assert comparison.allowed == pytest.approx(wanted.allowed, rel=0.5)
+        assert [x.dtype for x in verify._flat(case)] == [x.dtype for x in verify._flat(plain)]
+
+
 @pytest.mark.parametrize("factor", [1, 3])
 def test_a_graph_may_be_walked_twice_and_its_gradients_belong_to_the_caller(factor):
     student, teacher = qkv(2, 2, 16, 4, seed=0), qkv(2, 2, 16, 4, seed=1)

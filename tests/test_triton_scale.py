@@ -56,6 +56,44 @@ def test_many_of_several_sizes_and_dtypes():
         torch.testing.assert_close(x, right, rtol=torch.finfo(x.dtype).eps, atol=0)
 
 
+def test_as_many_numbers_as_31_bits_hold(monkeypatch):
+    count = 2**31 - 1
+    factor = torch.tensor(3.0, device=DEVICE)
+    if DEVICE == "cuda":
+        x = torch.ones(count, dtype=torch.bfloat16, device=DEVICE)
+        scale_([x], factor)
+        assert [bound.item() for bound in x.aminmax()] == [3.0, 3.0]
+        return
+    # The interpreter would take an hour for all blocks: how many there are, and that the first is multiplied.
+    x = torch.empty(count, dtype=torch.bfloat16)
+    x[:BLOCK] = 1.0
+    kernel, asked = scale.scale_kernel, []
+
+    class FirstBlock:
+        def __getitem__(self, grid):
+            def launch(xs, by, count, blocks, BLOCK):
+                asked.append((count, blocks))
+                kernel[1, 1](xs, by, count, 1, BLOCK=BLOCK)
+
+            return launch
+
+    monkeypatch.setattr(scale, "scale_kernel", FirstBlock())
+    scale_([x], factor)
+    assert asked == [(count, 2**31 // BLOCK)]
+    assert (x[:BLOCK] == 3.0).all()
+
+
+def test_a_fake_factor_is_no_pointer(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from bertkd.ops import autograd
+
+    monkeypatch.setattr(autograd, "unavailable", lambda impl: None)
+    with FakeTensorMode():
+        factor, grad = torch.ones((), device="cuda"), torch.ones(3, device="cuda")
+        assert autograd._by_kernel([grad], factor) == ()
+
+
 def test_gaps_other_dtypes_and_empty_tensors_are_left_to_pytorch():
     factor = torch.tensor(2.0, device=DEVICE)
     assert not can_scale(torch.zeros(4, 6, device=DEVICE)[:, :5], factor)

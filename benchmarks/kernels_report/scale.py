@@ -18,7 +18,12 @@ def cases() -> list[Case]:
             width=BLOCK,
             arch=arch,
             kernel=scale_kernel,
-            signature={"xs": (f"*{dtype}",) * count, "factor": "*fp32", "count": "i32"},
+            signature={
+                "xs": (f"*{dtype}",) * count,
+                "factor": "*fp32",
+                "count": "i32",
+                "blocks": "i32",
+            },
             constants={"BLOCK": BLOCK},
             divisible=("count",),
             max_registers=96,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import wraps
 from itertools import chain
 from typing import Any
@@ -15,6 +16,7 @@ from bertkd.ops.checks import HALVES
 from bertkd.ops.dispatch import unavailable
 from bertkd.ops.rows import weighted
 from bertkd.ops.schema import LEAVES_ROWS_OUT, OPS, value_form
+from bertkd.ops.shared import shared_calls
 
 Arg = Tensor | Sequence[Tensor] | float | None
 
@@ -57,7 +59,8 @@ def _scaled(grads: Sequence[Tensor | None], factor: Tensor, in_place: bool) -> l
 
 def _by_kernel(grads: Sequence[Tensor | None], factor: Tensor) -> Sequence[int]:
     """Multiplies in place what the Triton kernel can, and says which these were."""
-    if not factor.is_cuda or unavailable("triton") is not None:
+    # A fake tensor says that it is on a GPU too, but has no memory that a kernel could read.
+    if type(factor) is not Tensor or not factor.is_cuda or unavailable("triton") is not None:
         return ()
     from bertkd.ops.triton.scale import can_scale, is_right, scale_
 
@@ -136,11 +139,12 @@ class SumLoss(torch.autograd.Function):
         losses: list[Tensor] = []
         placed: list[Tensor | None] = []
         size = sum(group or 1 for group in groups)
-        for start in range(0, len(args), size):
-            call = args[start : start + size]
-            loss, *grads = OPS[f"{op}_fwd_bwd"](row_weight, *_pack(call, groups), impl)
-            losses.append(loss)
-            placed += _place(grads, wrt, call)
+        with shared_calls() if len(args) > size else nullcontext():
+            for start in range(0, len(args), size):
+                call = args[start : start + size]
+                loss, *grads = OPS[f"{op}_fwd_bwd"](row_weight, *_pack(call, groups), impl)
+                losses.append(loss)
+                placed += _place(grads, wrt, call)
         ctx.save_for_backward(*placed)
         return _total(losses)
 
@@ -256,12 +260,29 @@ def _divided(weight: Tensor, divisor: Tensor) -> Tensor:
     return (once / divisor).expand(weight.shape)
 
 
+def _without_twins(flat: list[Any]) -> list[Any]:
+    """The arguments of a call with a view in place of a tensor that has come before, for graphs, which take none
+    twice."""
+    if not torch.compiler.is_compiling():
+        return flat
+    seen: list[Tensor] = []
+    apart = []
+    for x in flat:
+        if isinstance(x, Tensor):
+            if any(x is other for other in seen):
+                x = x.view_as(x)
+            seen.append(x)
+        apart.append(x)
+    return apart
+
+
 def _total_loss(op, impl, row_weight, calls, groups, wrt) -> Tensor:
     if len(calls) > 1 and torch.compiler.is_compiling():
         # A graph spares the host nothing, and takes no function that is given one tensor, such as a mask, twice.
         return _total([_total_loss(op, impl, row_weight, [call], groups, wrt) for call in calls])
     if any(_needs_grad(call, wrt) for call in calls):
-        return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *chain.from_iterable(calls))
+        flat = _without_twins(list(chain.from_iterable(calls)))
+        return SumLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat)
     with torch.no_grad():
         return _total([_value(op, impl, row_weight, call, groups) for call in calls])
 
@@ -279,6 +300,7 @@ def row_loss(
     flat, groups = _flatten(args)
     _refuse_tangents(op, flat)
     if _needs_grad(flat, wrt):
+        flat = _without_twins(flat)
         return weighted(RowLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat), row_weight)
     with torch.no_grad():
         return weighted(_rows(op, impl, _pack(flat, groups), row_weight), row_weight)

@@ -88,7 +88,9 @@ def random_case(
     lengths = [length, max(1, length // 2), *[0] * (batch - 2)][:batch]
     positions = torch.arange(length)
     mask = torch.stack([positions < n for n in lengths])
-    rows = mask[:, None].expand(-1, heads, -1) * torch.rand(batch, 1, length, generator=generator)
+    rows = mask[:, None].expand(-1, heads, -1) * torch.rand(
+        batch, 1, length, generator=generator, dtype=torch.float32
+    )
     flat = rows[:, 0].reshape(-1).to(device)
     rows, mask = rows.to(device), mask.to(device)
     count = flat.shape[0]
@@ -190,7 +192,8 @@ def _verdict(
     sizes: Sizes,
 ) -> str | None:
     try:
-        with torch.no_grad():
+        # The caller's autocast would run the products of both in half precision.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             result = compare(op, impl, random_case(op, dtypes, sizes, device), form)
     except Exception as error:
         # Whatever a compiler or driver raises, the portable code still works.

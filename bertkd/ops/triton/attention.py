@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bertkd.kernels.primitives import EXTENTS, sequence_extents
+from bertkd.ops.shared import found_once
 from bertkd.ops.triton import interpreting
 
 LOG2E = math.log2(math.e)
@@ -122,27 +123,7 @@ def extents_of(mask: Tensor | None, weight: Tensor | None, x: Tensor) -> Extents
         weight: (B, H, L), or None if all rows are wanted.
         x: (B, H, L, D), for its sizes.
     """
-    if weight is None or weight.is_inference():
-        return _extents(mask, weight, x)
-    # The ops of a loss over several blocks share mask and weights: these are looked at once, and what was found lives
-    # and dies with the weights.
-    known: _Known | None = getattr(weight, _EXTENTS, None)
-    versions = weight._version, None if mask is None else mask._version
-    if known is None or known.mask is not mask or known.versions != versions:
-        known = _Known(mask, versions, _extents(mask, weight, x))
-        setattr(weight, _EXTENTS, known)
-    return known.extents
-
-
-_EXTENTS = "_bertkd_extents"
-
-
-class _Known(NamedTuple):
-    """Extents, and what they were made of besides the weights."""
-
-    mask: Tensor | None
-    versions: tuple[int, int | None]
-    extents: Extents
+    return found_once(_extents, mask, weight, x)
 
 
 def _extents(mask: Tensor | None, weight: Tensor | None, x: Tensor) -> Extents:

@@ -35,9 +35,12 @@ def scale_(xs: Sequence[Tensor], factor: Tensor) -> None:
     for group in grouped([(x.dtype, x.numel()) for x in xs]):
         first = xs[group[0]]
         with guard(first):
-            programs = resident_programs(cdiv(first.numel(), BLOCK), len(group), first)
+            blocks = cdiv(first.numel(), BLOCK)
+            programs = resident_programs(blocks, len(group), first)
             pointers = tuple(xs[index] for index in group)
-            scale_kernel[(programs, len(group))](pointers, factor, first.numel(), BLOCK=BLOCK)
+            scale_kernel[(programs, len(group))](
+                pointers, factor, first.numel(), blocks, BLOCK=BLOCK
+            )
 
 
 _right: dict[tuple[torch.dtype, torch.device], bool] = {}
