@@ -1,5 +1,6 @@
 """What a benchmark does when a case, a contestant or the whole GPU fails, or its user interrupts it."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from bertkd.bench import (
     op_cases,
     roofline,
     runner,
+    step_fill,
     step_runs,
     timing,
 )
@@ -134,30 +136,23 @@ def test_a_disk_that_is_full_is_no_wrong_usage(options, monkeypatch, capsys):
     ("times", "selection", "expected"),
     [
         (
-            {"eager": [9.0], "chunked": [3.0], "native": [1.0], "triton": [2.0]},
+            {"eager": 9.0, "chunked": 3.0, "native": 1.0, "triton": 2.0},
             {},
             ["eager", "native"],
         ),
-        ({"eager": [9.0], "chunked": [1.0], "native": [3.0]}, {}, ["eager", "chunked"]),
-        ({"eager": [9.0], "native": [3.0]}, {"impl": ("native",)}, ["native"]),
-        ({"chunked": [3.0]}, {}, ["eager", "chunked"]),
+        ({"eager": 9.0, "chunked": 1.0, "native": 3.0}, {}, ["eager", "chunked"]),
+        ({"native": 3.0}, {"impl": ("native",)}, ["native"]),
+        ({"eager": None, "chunked": 3.0}, {}, ["eager", "chunked"]),
+        ({}, {}, ["eager"]),
     ],
 )
-def test_the_largest_batch_is_that_of_the_fastest(times, selection, expected, monkeypatch):
-    class Pretended:
-        batches = ({},)
-        tokens = 8
-
-    monkeypatch.setattr(step_runs, "interleaved", lambda *a, **k: times)
-    asked = []
-    monkeypatch.setattr(step_runs, "_fill", lambda case, names, *_: asked.extend(names) or ())
-    settings = op_cases.Settings(
-        torch.device("cuda"), Selection(selection), tuple(times), weigh=False
-    )
-    trainers = {impl: Pretended() for impl in times}
-    row = step_runs.partial(Row, "step", "tiny", mode="step")
-    list(step_runs._measure(step_case("tiny", 2, 12), trainers, {}, row, settings))
-    assert asked == expected
+def test_the_largest_batch_is_that_of_the_fastest(times, selection, expected):
+    case = step_case("tiny", 2, 12)
+    rows = [Row(**case.columns, impl=impl, metric="time", p50=time) for impl, time in times.items()]
+    others = [replace(row, length=99, p50=0.1) for row in rows]
+    others += [replace(row, metric="memory", p50=0.1) for row in rows]
+    settings = op_cases.Settings(CPU, Selection(selection), ())
+    assert step_fill.contestants(case, [*rows, *others], settings) == expected
 
 
 def test_a_largest_batch_that_fails_is_a_row_and_the_next_is_tried(monkeypatch):
@@ -165,15 +160,77 @@ def test_a_largest_batch_that_fails_is_a_row_and_the_next_is_tried(monkeypatch):
         if batch > 4 and self.impl == "eager":
             raise RuntimeError("index out of 32 bits")
         if batch > 6:
-            raise torch.OutOfMemoryError("full")
+            # As a kernel's launch says it where the allocator has taken all.
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
 
-    monkeypatch.setattr(step_runs.Trainer, "resize", resize)
-    monkeypatch.setattr(step_runs.Trainer, "__call__", lambda self: None)
+    monkeypatch.setattr(step_fill.Trainer, "resize", resize)
+    monkeypatch.setattr(step_fill.Trainer, "__call__", lambda self: None)
     settings = op_cases.Settings(CPU, Selection(), ("eager", "chunked"))
-    row = step_runs.partial(Row, "step", "tiny", mode="step")
-    eager, chunked = step_runs._fill(step_case("tiny", 2, 12), ["eager", "chunked"], row, settings)
+    eager, chunked = step_fill.fill(step_case("tiny", 2, 12), ["eager", "chunked"], settings)
     assert (eager.status, eager.note) == ("error", "RuntimeError: index out of 32 bits")
     assert chunked.p50 == 6
+
+
+def test_largest_batches_are_searched_for_last_and_left_out_by_name(tmp_path, monkeypatch):
+    steps = [step_case("tiny", 2, 12), step_case("tiny", 2, 16, importance=2), SMALL]
+    monkeypatch.setattr(runner, "all_cases", lambda device: steps)
+    monkeypatch.setattr(step_fill, "is_filled", lambda case, device: case is steps[0])
+    done = []
+    monkeypatch.setattr(runner, "measured", lambda case, settings: done.append(case) or [])
+    monkeypatch.setattr(step_fill, "fill", lambda case, impls, settings: done.append(impls) or [])
+    options = runner.Options(None, "cpu", str(tmp_path / "r"), plots=False)
+    runner.run(runner.plan(options), lambda text: None)
+    assert done == [*steps, ["eager"]]
+
+    def lost(*_):
+        raise DeviceLost("gone")
+
+    monkeypatch.setattr(step_fill, "fill", lost)
+    rows = runner.run(runner.plan(options), lambda text: None)
+    assert [(row.impl, row.note) for row in rows] == [("*", "DeviceLost: gone")]
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(clock)))
+    runner.run(runner.plan(replace(options, budget_minutes=1.0)), lambda text: None)
+    names = json.loads((tmp_path / "r" / "environment.json").read_text())["left_out"]
+    assert names == [steps[1].name, SMALL.name, f"largest batch of {steps[0].name}"]
+
+
+def test_a_step_out_of_memory_in_a_round_costs_the_others_nothing(monkeypatch):
+    calls = []
+    step = step_runs.Trainer.__call__
+
+    def run(self):
+        calls.append(self.impl)
+        if self.impl == "chunked" and calls.count("chunked") == 3:
+            raise torch.OutOfMemoryError("full")
+        step(self)
+
+    monkeypatch.setattr(step_runs.Trainer, "__call__", run)
+    settings = op_cases.Settings(
+        CPU, Selection({"impl": ("eager", "chunked")}), (), 3, 0.1, weigh=False
+    )
+    rows = list(step_runs.run_step(step_case("tiny", 2, 12), settings))
+    found = {(row.impl, row.metric, row.status) for row in rows}
+    assert found >= {("chunked", "time", "oom"), ("eager", "time", "ok")}
+    assert ("chunked", "time", "ok") not in found
+
+
+def test_what_was_left_out_is_remembered_until_it_is_measured(options, tmp_path, monkeypatch):
+    def left_out():
+        facts = json.loads((tmp_path / "r" / "environment.json").read_text())
+        return facts["left_out"], facts["left_out_because"]
+
+    real = runner.measured
+    fail_at(monkeypatch, 4, KeyboardInterrupt())
+    assert command.main(options) == 130
+    assert left_out() == ([CASES[2].name], "the run was cut off")
+    words = [word for word in options if not word.startswith("--select")]
+    assert command.main([*words, "--select", "impl=eager|chunked,B=2"]) == 0
+    assert left_out()[0] == [CASES[2].name]
+    monkeypatch.setattr(runner, "run_case", op_cases.run_case)
+    assert runner.measured is real
+    assert command.main([*words, "--select", "impl=eager|chunked,B=4"]) == 0
+    assert left_out()[0] == []
 
 
 def test_a_step_that_an_implementation_refuses_is_no_failure(monkeypatch):

@@ -81,6 +81,20 @@ def test_a_new_measurement_replaces_all_metrics_of_the_old_one():
     ]
 
 
+def test_a_rival_that_is_not_installed_this_time_keeps_what_it_had():
+    rival = replace(MAIN, impl="liger", p50=3.0)
+    missing = replace(rival, p50=None, status="unavailable", note="not installed")
+    assert merge([MAIN, rival], [missing]) == [MAIN, rival]
+    assert merge([MAIN, missing], [missing]) == [MAIN, missing]
+    assert merge([MAIN, missing], [rival]) == [MAIN, rival]
+    red = replace(missing, status="red")
+    assert merge([rival], [red]) == [red]
+    # What bertkd itself cannot run any more is no figure of it.
+    ours = replace(rival, impl="triton")
+    gone = replace(missing, impl="triton")
+    assert merge([ours], [gone]) == [gone]
+
+
 def test_a_case_that_failed_as_a_whole_is_forgotten_once_it_is_measured():
     failed = replace(MAIN, impl="*", mode="", p50=None, status="oom")
     other = replace(failed, length=4096)

@@ -25,7 +25,8 @@ from bertkd.bench.record import read_rows
 from bertkd.bench.roofline import Ceilings, bound
 from bertkd.bench.selection import Selection
 from bertkd.bench.step_cases import Trainer, make_batches, step_case
-from bertkd.bench.timing import input_sets, interleaved, replayed
+from bertkd.bench.step_fill import largest_that
+from bertkd.bench.timing import input_sets, interleaved, replayed, told
 from bertkd.bench.verify import Oracle
 from bertkd.ops.verify import relative_error
 
@@ -209,9 +210,55 @@ def test_replays_visit_everybody_twice_and_live_one_at_a_time():
     makers = {name: (lambda name=name: Replay(name)) for name in ("a", "big", "b")}
     times, notes = replayed(makers, rounds=6, seconds=9.0)
     assert times == {"a": [1.0] * 6, "big": [], "b": [2.0] * 6}
-    assert notes == {"a": "cuda graph", "big": "out of memory", "b": "cuda graph"}
+    assert isinstance(notes.pop("big"), torch.OutOfMemoryError)
+    assert notes == {"a": "cuda graph", "b": "cuda graph"}
     # Two replays to warm up and three that count, forwards and then backwards.
     assert "".join(order) == "a" * 5 + "b" * 10 + "a" * 5
+
+
+def test_who_fails_in_a_second_visit_has_no_times_and_others_keep_theirs():
+    visits = []
+
+    class Replay:
+        note = "cuda graph"
+
+        def __init__(self, name):
+            visits.append(name)
+            if name == "b" and visits.count("b") == 2:
+                raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+        def __call__(self):
+            return 1.0
+
+    times, notes = replayed({n: (lambda n=n: Replay(n)) for n in "ab"}, rounds=6, seconds=9.0)
+    assert times == {"a": [1.0] * 6, "b": []}
+    assert told(notes["b"]) == {"status": "oom", "note": "out of memory"}
+
+
+def test_who_fails_in_a_round_is_told_and_the_others_go_on():
+    calls, told_of = [], []
+
+    def second(name):
+        calls.append(name)
+        if name == "b" and calls.count("b") == 3:
+            raise torch.OutOfMemoryError("full")
+
+    runs = {n: lambda n=n: second(n) for n in "abc"}
+    times = interleaved(
+        runs, rounds=4, warmup=1, on_failure=lambda name, error: told_of.append((name, str(error)))
+    )
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "c": 4}
+    assert told_of == [("b", "full")]
+    assert calls.count("b") == 3
+    with pytest.raises(ZeroDivisionError):
+        interleaved({"a": lambda: 1 / 0})
+
+
+def test_errors_are_told_in_a_line():
+    assert told(ValueError("wrong\nand why")) == {"status": "error", "note": "ValueError: wrong"}
+    assert told(KeyError())["note"] == "KeyError: "
+    for error in (torch.OutOfMemoryError("x"), RuntimeError("CUDA error: Out of memory")):
+        assert told(error) == {"status": "oom", "note": "out of memory"}
 
 
 def test_inputs_rotate_through_more_than_the_cache():
@@ -374,9 +421,13 @@ def test_batches_of_glue_lengths_are_padded_to_their_own_longest():
 
 def test_largest_that_fits():
     for limit in (1, 7, 64, 100, 1000):
-        found = step_runs.largest_that(lambda batch, limit=limit: batch <= limit, 32)
+        found = largest_that(lambda batch, limit=limit: batch <= limit, 32)
         assert limit * 7 // 8 <= found <= limit
-    assert step_runs.largest_that(lambda batch: False, 32) == 0
+    assert largest_that(lambda batch: False, 32) == 0
+    for start in (3, 64, 100):
+        asked = []
+        assert largest_that(lambda batch, asked=asked: not asked.append(batch), start, 64) > 56
+        assert max(asked) <= 64
 
 
 def test_the_bench_needs_torch_alone(tmp_path):

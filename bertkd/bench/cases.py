@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bertkd.bench.record import SHAPE_COLUMNS
+from bertkd.bench.record import SHAPE_COLUMNS, Row
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class Case:
     padding: str = "full"
     importance: int = 1
     kind: str = "op"
+
+    @classmethod
+    def of(cls, row: Row) -> Case:
+        """The case that a row is about; its importance is lost."""
+        return cls(
+            **{
+                name: getattr(row, name)
+                for name in ("kind", "op", *SHAPE_COLUMNS, "dtype", "padding")
+            }
+        )
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ from bertkd.bench.timing import (
     release_memory,
     replayed,
     spread,
+    told,
 )
 from bertkd.bench.verify import Oracle
 
@@ -110,10 +111,9 @@ def _admit(
         loss = losses.setdefault(impl, None) or loss_of(impl, case.op)
         losses[impl] = loss
         verdict = oracle.judge(impl, loss, mode)
-    except torch.OutOfMemoryError:
-        return "oom", "out of memory", 0.0
     except Exception as failure:  # a contestant's failure is its own, the others go on
-        return "error", f"{type(failure).__name__}: {first_line(failure)}", 0.0
+        found = told(failure)
+        return found["status"], found["note"], 0.0
     if verdict.wrong is not None:
         return "red", verdict.wrong, verdict.error
     return "ok", "", verdict.error
@@ -130,6 +130,19 @@ def _measure(
     runs = {impl: step(impl, case.op, losses[impl], mode) for impl in admitted}
     seconds, notes = times_of(case, inputs, runs, settings)
     for impl, times in seconds.items():
+        note = notes.get(impl, "")
+        if isinstance(note, Exception):
+            yield Row(
+                **case.columns,
+                impl=impl,
+                mode=mode,
+                metric="time",
+                unit="ms",
+                **told(note),
+                **settings.stamp,
+            )
+            check_device(settings.device)
+            continue
         if not settings.selection.allows("impl", impl):
             continue
         common: dict[str, Any] = {
@@ -138,12 +151,9 @@ def _measure(
             "mode": mode,
             "rounds": len(times),
             "error": admitted[impl],
-            "note": notes.get(impl, ""),
+            "note": note,
             **settings.stamp,
         }
-        if not times:
-            yield Row(**common, metric="time", unit="ms", status="oom")
-            continue
         milliseconds = spread([value * 1e3 for value in times])
         yield Row(**common, metric="time", unit="ms", **milliseconds._asdict())
         if impl != BASELINE and seconds.get(BASELINE):
@@ -165,8 +175,8 @@ def times_of(
     inputs: Inputs,
     runs: dict[str, Callable[[Inputs], list]],
     settings: Settings,
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of every round by contestant, and how they were taken; no round where memory ran out."""
+) -> tuple[dict[str, list[float]], dict[str, str | Exception]]:
+    """Seconds of every round by contestant, and how they were taken; no round but the error where one failed."""
     if settings.device.type != "cuda":
         calls = {impl: partial(run, inputs) for impl, run in runs.items()}
         return interleaved(calls, rounds=settings.rounds, seconds=settings.seconds), {}
@@ -188,8 +198,7 @@ def _weigh(case, impl, inputs, run, common, device) -> Row:
         else:
             peak = memory.peak_in_child(prepared, case, impl)
     except (RuntimeError, OSError) as failure:
-        columns["note"] = first_line(failure)
-        return Row(**columns, metric="memory", unit="MiB", status="error")
+        return Row(**columns | told(failure), metric="memory", unit="MiB")
     mebibytes = spread([peak / 2**20])
     return Row(**columns, metric="memory", unit="MiB", **mebibytes._asdict())
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from bertkd.ops.dispatch import IMPLS
 from bertkd.study.files import write_text
 
 SHAPE_COLUMNS = (
@@ -141,9 +142,11 @@ def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """All rows; a new measurement of a contestant in a case and mode takes the place of all old rows of it.
 
     A case that failed as a whole has one row, of contestant "*": it goes with the case's next measurement, and comes
-    without taking away what was measured before.
+    without taking away what was measured before. Neither does a rival that is not installed this time.
     """
-    fresh = list(new)
+    old = list(old)
+    measured = {row.group for row in old if row.p50 is not None and row.impl not in IMPLS}
+    fresh = [row for row in new if row.status != "unavailable" or row.group not in measured]
     replaced = {row.group for row in fresh}
     cases = {row.case for row in fresh}
     kept = (

@@ -6,27 +6,28 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bertkd.bench import environment, summary
+from bertkd.bench import environment, step_fill, summary
 from bertkd.bench.cases import Case, cases_for
 from bertkd.bench.commandline import Options
 from bertkd.bench.contestants import IMPLS, MODES, OURS
 from bertkd.bench.ddp import ddp_cases_for, run_ddp
-from bertkd.bench.op_cases import Settings, first_line, run_case
+from bertkd.bench.op_cases import Settings, run_case
 from bertkd.bench.record import Row, merge, read_rows, write_rows
 from bertkd.bench.roofline import MeasuredCeilings
 from bertkd.bench.selection import Selection, known_values, parse_selection
 from bertkd.bench.step_cases import step_cases_for
 from bertkd.bench.step_models import PAIRS
 from bertkd.bench.step_runs import run_step
-from bertkd.bench.timing import DeviceLost, check_device, release_memory
+from bertkd.bench.timing import DeviceLost, check_device, release_memory, told
 from bertkd.study.files import claim_output_dir, write_json, write_text
 
 RESULTS, ENVIRONMENT, SUMMARY = "results.csv", "environment.json", "summary.md"
@@ -83,7 +84,11 @@ def output_folder(path: str | None, device: torch.device) -> Path:
     return parent / environment.slug(device)
 
 
-def run(job: Job, say: Callable[[str], object] = print, *, apart: bool = False) -> list[Row]:
+# A log that is read while it grows, or after a kill, must not stay in a buffer.
+SAY = partial(print, flush=True)
+
+
+def run(job: Job, say: Callable[[str], object] = SAY, *, apart: bool = False) -> list[Row]:
     """Measure, write CSV, environment, summary and plots, and say the short table last.
 
     A GPU that fails for good ends the run: what was not started is named, and no later case is blamed for it.
@@ -97,51 +102,95 @@ def run(job: Job, say: Callable[[str], object] = print, *, apart: bool = False) 
     path = folder / RESULTS
     before = read_rows(path) if path.exists() else []
     rows: list[Row] = []
-    left_out: list[str] = []
     lost = ""
-    facts = environment.describe(job.device)
     stamp = environment.stamp(job.device)
     ceilings = MeasuredCeilings(job.device)
     settings = settings_of(job, stamp, ceilings)
     on_cpu = job.device.type == "cpu"
+    tasks = _tasks(job.cases, settings, rows, measured_apart if apart and on_cpu else measured)
+    facts = environment.describe(job.device)
+    waiting = [name for name, _ in tasks]
+    earlier = _left_out_before(folder, waiting, before)
     say(
         f"{stamp['device']}, {stamp['threads']} threads, torch {stamp['torch']}; {len(job.cases)} cases"
     )
-    write_json(folder / ENVIRONMENT, facts)
+    _note(folder, facts, [*earlier, *waiting], "the run was cut off")
     started = time.perf_counter()
-    for number, case in enumerate(job.cases, 1):
+    for number, (name, task) in enumerate(tasks, 1):
         spent = (time.perf_counter() - started) / 60
         late = job.options.budget_minutes is not None and spent >= job.options.budget_minutes
         if late or lost:
-            left_out.append(case.name)
-            continue
-        say(f"[{number}/{len(job.cases)}] {case.name}  ({spent:.1f} min)")
+            break
+        say(f"[{number}/{len(tasks)}] {name}  ({spent:.1f} min)")
         try:
-            found = list((measured_apart if apart and on_cpu else measured)(case, settings))
+            found = list(task())
         except KeyboardInterrupt:
             if rows:
                 say(f"interrupted; the {number - 1} cases before this one are kept in {path}")
             raise
         rows += found
+        del waiting[0]
         # After every case, so that a killed run loses one case only.
         write_rows(path, merge(before, [*rows, *ceiling_rows(ceilings, stamp)]))
+        _note(folder, facts, [*earlier, *waiting], "the run was cut off")
         if any(row.status == "error" for row in found):
             try:
                 check_device(job.device)
             except DeviceLost as reason:
                 lost = str(reason)
-    facts["left_out"], facts["left_out_because"] = left_out, lost or "want of time"
     facts["minutes"] = round((time.perf_counter() - started) / 60, 2)
     facts["clocks_after"] = "" if on_cpu else environment.clocks()
-    write_json(folder / ENVIRONMENT, facts)
-    if left_out:
-        why = facts["left_out_because"]
-        say(f"left out for {why} ({len(left_out)}): " + "; ".join(left_out))
+    why = lost or "want of time"
+    _note(folder, facts, [*earlier, *waiting], why)
+    if waiting:
+        say(f"left out for {why} ({len(waiting)}): " + "; ".join(waiting))
     say(report(folder, plots=job.options.plots, new=rows))
     return rows
 
 
-def run_apart(job: Job, say: Callable[[str], object] = print) -> None:
+def _tasks(
+    cases: Sequence[Case],
+    settings: Settings,
+    rows: Sequence[Row],
+    measure: Callable[[Case, Settings], Iterable[Row]],
+) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
+    """What there is to do, with names: the cases, then the searches for the largest batches, which break the most.
+
+    Args:
+        rows: what the tasks before have found, by the time that one is run.
+    """
+    filled = [
+        case for case in cases if settings.fill and step_fill.is_filled(case, settings.device)
+    ]
+    return [
+        *((case.name, partial(measure, case, settings)) for case in cases),
+        *((f"largest batch of {x.name}", partial(_fill, x, settings, rows)) for x in filled),
+    ]
+
+
+def _fill(case: Case, settings: Settings, rows: Sequence[Row]) -> Iterator[Row]:
+    try:
+        yield from step_fill.fill(case, step_fill.contestants(case, rows, settings), settings)
+    except DeviceLost as failure:
+        yield _failed(case, settings, failure)
+
+
+def _left_out_before(folder: Path, tasks: Iterable[str], rows: Sequence[Row]) -> list[str]:
+    """What earlier runs into this folder left out, and nobody has measured or is about to."""
+    path = folder / ENVIRONMENT
+    if not path.exists():
+        return []
+    names = json.loads(path.read_text(encoding="utf-8")).get("left_out", [])
+    measured = {Case.of(row).name for row in rows if row.p50 is not None}
+    return [name for name in names if name not in tasks and name not in measured]
+
+
+def _note(folder: Path, facts: dict[str, Any], left_out: list[str], why: str) -> None:
+    facts["left_out"], facts["left_out_because"] = left_out, why
+    write_json(folder / ENVIRONMENT, facts)
+
+
+def run_apart(job: Job, say: Callable[[str], object] = SAY) -> None:
     """``run`` with its cases apart, as the commands do.
 
     Raises:
@@ -235,11 +284,10 @@ def _rows_of(case: Case, settings: Settings, threads: int) -> list[Row]:
 
 
 def _failed(case: Case, settings: Settings, failure: Exception) -> Row:
-    note = f"{type(failure).__name__}: {first_line(failure)}"
-    status = "oom" if isinstance(failure, torch.OutOfMemoryError) else "error"
+    found = told(failure)
     if isinstance(failure, ModuleNotFoundError):
-        status = "unavailable"
-    return Row(**case.columns, impl="*", metric="time", status=status, note=note, **settings.stamp)
+        found["status"] = "unavailable"
+    return Row(**case.columns, impl="*", metric="time", **found, **settings.stamp)
 
 
 def ceiling_rows(ceilings: MeasuredCeilings, stamp: dict[str, Any]) -> list[Row]:

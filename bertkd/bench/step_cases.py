@@ -50,7 +50,7 @@ def step_cases_for(device: str) -> list[Case]:
         step_case("bert_large_to_6_qkv", 32, 512, dtype=bf16, importance=2),
         step_case("roberta_base_to_3", 64, 512, dtype=bf16, importance=2),
     ]
-    cases.append(step_case("bert_base_to_6_compiled", 32, 512, dtype=bf16, importance=3))
+    cases.append(step_case("bert_base_to_6_compiled", 32, 512, dtype=bf16, importance=4))
     cases += [
         step_case("modernbert_base_to_11", 8192 // n, n, dtype=bf16, importance=3)
         for n in (1024, 2048, 4096, 8192)

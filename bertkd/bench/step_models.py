@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -98,6 +100,14 @@ def networks(name: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
     Raises:
         ImportError: transformers is not installed.
     """
+    teacher, student = (copy.deepcopy(model).to(device) for model in _networks(name, device))
+    return teacher.eval(), student.train()
+
+
+# Every contestant of a case gets a copy: drawing a student anew takes ten seconds.
+@functools.lru_cache(maxsize=1)
+def _networks(name: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Both networks on the CPU, where they are in nobody's way."""
     import transformers
 
     import bertkd
@@ -111,8 +121,8 @@ def networks(name: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
     config.initializer_range = config.hidden_size**-0.5
     torch.manual_seed(0)
     options = {"add_pooling_layer": False} if "ModernBert" not in pair.model else {}
-    # Where they will live: a GPU draws the hundreds of millions of weights in no time.
+    # A GPU draws the hundreds of millions of weights in no time.
     with device:
         teacher: Any = getattr(transformers, pair.model)._from_config(config, **options)
     student: Any = bertkd.create_student(teacher, pair.layers, verbose=False)
-    return teacher.to(device).eval(), student.to(device).train()
+    return teacher.cpu(), student.cpu()

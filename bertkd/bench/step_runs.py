@@ -1,9 +1,8 @@
-"""Run a training-step case: compare losses and gradients, then time, weigh and fill the memory."""
+"""Run a training-step case: compare losses and gradients, then time and weigh."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ from bertkd.bench.contestants import OURS, wrong_device
 from bertkd.bench.op_cases import BASELINE, Settings, first_line
 from bertkd.bench.record import Row
 from bertkd.bench.step_cases import Trainer, prepared
-from bertkd.bench.timing import check_device, interleaved, ratios, release_memory, spread
+from bertkd.bench.timing import check_device, interleaved, ratios, release_memory, spread, told
 from bertkd.ops.dispatch import unavailable
 from bertkd.ops.verify import relative_error
 
@@ -28,6 +27,12 @@ def run_step(case: Case, settings: Settings) -> Iterator[Row]:
     if not settings.selection.allows("mode", "step"):
         return
     row = partial(Row, **case.columns, mode="step", **settings.stamp)
+    trainers, errors = yield from _admitted(case, settings, row)
+    yield from _measure(case, trainers, errors, row, settings)
+
+
+def _admitted(case, settings, row) -> Generator[Row, None, tuple[dict[str, Trainer], dict]]:
+    """Rows of those who cannot take part; trainers that give what eager gives, and by how much they are off."""
     trainers: dict[str, Trainer] = {}
     errors: dict[str, float] = {}
     yardstick = Yardstick(case, settings.device)
@@ -35,39 +40,32 @@ def run_step(case: Case, settings: Settings) -> Iterator[Row]:
         # The baseline always runs: a speed-up needs it in the same rounds.
         if impl != BASELINE and not settings.selection.allows("impl", impl):
             continue
-        status, note = "ok", ""
         release_memory()
-        try:
-            reason = (
-                None
-                if impl == BASELINE
-                else unavailable(impl) or wrong_device(impl, settings.device)
-            )
-            if reason is None:
+        found = {"status": "ok", "note": ""}
+        reason = None
+        if impl != BASELINE:
+            reason = unavailable(impl) or wrong_device(impl, settings.device)
+        if reason is not None:
+            found = {"status": "unavailable", "note": reason}
+        else:
+            try:
                 trainer = Trainer(case, impl, settings.device)
                 trainer()
                 errors[impl], wrong = yardstick.judge(trainer)
-                trainers[impl] = trainer
                 if wrong:
-                    status, note = "red", wrong
-                    del trainers[impl]
-            else:
-                status, note = "unavailable", reason
-        except torch.OutOfMemoryError:
-            status, note = "oom", "out of memory"
-        except Exception as failure:  # a contestant's failure is its own, the others go on
-            refused = str(failure).startswith(f"impl={impl!r} cannot run")
-            status = "unavailable" if refused else "error"
-            note = (
-                first_line(failure)
-                if refused
-                else f"{type(failure).__name__}: {first_line(failure)}"
-            )
-        if status != "ok":
-            yield row(impl=impl, metric="time", unit="ms", status=status, note=note)
-        if status == "error":
+                    found = {"status": "red", "note": wrong}
+                else:
+                    trainers[impl] = trainer
+            except Exception as failure:  # a contestant's failure is its own, the others go on
+                refused = str(failure).startswith(f"impl={impl!r} cannot run")
+                found = told(failure)
+                if refused:
+                    found = {"status": "unavailable", "note": first_line(failure)}
+        if found["status"] != "ok":
+            yield row(impl=impl, metric="time", unit="ms", **found)
+        if found["status"] == "error":
             check_device(settings.device)
-    yield from _measure(case, trainers, errors, row, settings)
+    return trainers, errors
 
 
 class Yardstick:
@@ -108,9 +106,24 @@ def compare(found: list, wanted: list, dtype: str) -> tuple[float, str | None]:
 def _measure(case, trainers, errors, row, settings) -> Iterator[Row]:
     on_cuda = settings.device.type == "cuda"
     wait = torch.cuda.synchronize if on_cuda else lambda: None
+    failed: dict[str, dict[str, str]] = {}
+
+    def drop(impl: str, failure: Exception) -> None:
+        """Together they may need more memory than each alone."""
+        del trainers[impl]
+        failed[impl] = told(failure)
+
     times = interleaved(
-        trainers, rounds=settings.rounds, seconds=settings.seconds, synchronise=wait
+        trainers,
+        rounds=settings.rounds,
+        seconds=settings.seconds,
+        synchronise=wait,
+        on_failure=drop,
     )
+    for impl, found in failed.items():
+        yield row(impl=impl, metric="time", unit="ms", **found)
+    if any(found["status"] == "error" for found in failed.values()):
+        check_device(settings.device)
     for impl, trainer in trainers.items():
         if not settings.selection.allows("impl", impl):
             continue
@@ -124,70 +137,22 @@ def _measure(case, trainers, errors, row, settings) -> Iterator[Row]:
         if impl != BASELINE and BASELINE in times:
             gain = spread(ratios(times[BASELINE], times[impl]))
             yield common(metric="speedup", unit="x", against=BASELINE, **gain._asdict())
-    names = [impl for impl in trainers if settings.selection.allows("impl", impl)]
-    # Eager's largest batch is worth knowing even where this one did not fit.
-    filled = [BASELINE] if settings.selection.allows("impl", BASELINE) else []
-    ours = [impl for impl in names if impl != BASELINE]
-    filled += sorted(ours, key=lambda impl: statistics.median(times[impl]))[:1]
-    if settings.weigh and on_cuda:
-        for impl in names:
-            peak = memory.peak_on_cuda(trainers[impl], settings.device)
-            yield row(impl=impl, metric="memory", unit="MiB", p50=peak / 2**20, rounds=1)
-    trainers.clear()
-    release_memory()
-    if settings.weigh and not on_cuda:
-        yield from _weigh(case, names, row)
-    if settings.fill and on_cuda:
-        yield from _fill(case, filled, row, settings)
+    if settings.weigh:
+        names = [impl for impl in trainers if settings.selection.allows("impl", impl)]
+        yield from _weigh(case, names, trainers, row, settings.device)
 
 
-def _weigh(case, names, row) -> Iterator[Row]:
+def _weigh(case, names, trainers, row, device) -> Iterator[Row]:
+    """Peak memory: of the trainers that are there on a GPU, of new ones in processes of their own on a CPU."""
+    if device.type != "cuda":
+        trainers.clear()
     for impl in names:
+        measured = partial(row, impl=impl, metric="memory", unit="MiB")
         try:
-            peak = memory.peak_in_child(prepared, case, impl)
-            yield row(impl=impl, metric="memory", unit="MiB", p50=peak / 2**20, rounds=1)
+            if device.type == "cuda":
+                peak = memory.peak_on_cuda(trainers[impl], device)
+            else:
+                peak = memory.peak_in_child(prepared, case, impl)
+            yield measured(p50=peak / 2**20, rounds=1)
         except (RuntimeError, OSError) as failure:
-            note = first_line(failure)
-            yield row(impl=impl, metric="memory", unit="MiB", status="error", note=note)
-
-
-def _fill(case, names, row, settings) -> Iterator[Row]:
-    """Largest batch that fits; for the first cases only, as it takes many steps."""
-    if case.importance > 1 or case.padding != "full":
-        return
-    for impl in names:
-        trainer: Trainer | None = None
-        try:
-            trainer = Trainer(case, impl, settings.device)
-            largest = largest_that(partial(_fits, trainer), case.batch)
-        except Exception as failure:  # whatever a batch too large does but run out of memory
-            note = f"{type(failure).__name__}: {first_line(failure)}"
-            yield row(
-                impl=impl, metric="largest_batch", unit="sequences", status="error", note=note
-            )
-            check_device(settings.device)
-        else:
-            yield row(impl=impl, metric="largest_batch", unit="sequences", p50=largest, rounds=1)
-        finally:
-            trainer = None  # its memory is the next one's
-
-
-def _fits(trainer: Trainer, batch: int) -> bool:
-    release_memory()
-    try:
-        trainer.resize(batch)
-        trainer()
-        return True
-    except torch.OutOfMemoryError:
-        return False
-
-
-def largest_that(fits, start: int, most: int = 16384) -> int:
-    """Largest number that fits, within an eighth: doubled from ``start``, then halved in between."""
-    low, high = 0, max(start, 1)
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    while high - low > max(1, low // 8):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+            yield measured(**told(failure))

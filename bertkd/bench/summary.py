@@ -128,8 +128,11 @@ def _of_kind(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             "tokens/s",
             "largest batch",
             "error",
+            "commit",
         )
     ]
+    # Said where it is not the same for all: a run replaces the cases that it gets to, and leaves the others.
+    commits = {row.commit for row in rows if row.p50 is not None}
     grouped: dict[tuple[CaseKey, str, str], dict[str, Row]] = {}
     for row in rows:
         if row.p50 is not None:
@@ -153,6 +156,7 @@ def _of_kind(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 *cells,
                 median("largest_batch"),
                 error,
+                some.commit[:7] if len(commits) > 1 else "",
             )
         )
     return _without_empty_columns(table)

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,7 @@ def interleaved(
     seconds: float = 20.0,
     warmup: int = 1,
     synchronise: Callable[[], object] = lambda: None,
+    on_failure: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every round of every contestant; in a round each runs once, in turn.
 
@@ -59,6 +60,8 @@ def interleaved(
         seconds: no further round is started after this time, but three are made in any case.
         warmup: rounds that are not kept.
         synchronise: waits for the device.
+        on_failure: is told who raised what, and takes them out of the further rounds and of the result; without it
+            the error is raised.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -71,13 +74,32 @@ def interleaved(
         # Each round starts with another contestant: nobody always runs after the same neighbour.
         shift = number % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
-            synchronise()
-            start = time.perf_counter()
-            runs[name]()
-            synchronise()
+            try:
+                synchronise()
+                start = time.perf_counter()
+                runs[name]()
+                synchronise()
+            except Exception as failure:
+                if on_failure is None:
+                    raise
+                names.remove(name)
+                del times[name]
+                on_failure(name, failure)
+                continue
             if kept >= 0:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def told(failure: BaseException) -> dict[str, Any]:
+    """An error as status and note of a row.
+
+    Memory that ran out is told by PyTorch's allocator with a class of its own, by a driver or a compiler in words.
+    """
+    first, *_ = str(failure).strip().splitlines() or [""]
+    if isinstance(failure, torch.OutOfMemoryError) or "out of memory" in str(failure).lower():
+        return {"status": "oom", "note": "out of memory"}
+    return {"status": "error", "note": f"{type(failure).__name__}: {first[:160]}"}
 
 
 class DeviceLost(RuntimeError):
@@ -156,25 +178,28 @@ class GraphReplay:
 
 def replayed(
     makers: Mapping[str, Callable[[], GraphReplay]], *, rounds: int = 15, seconds: float = 20.0
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds per call of every round, and a note, of every contestant; none where memory ran out.
+) -> tuple[dict[str, list[float]], dict[str, str | Exception]]:
+    """Seconds per call of every round, and a note, of every contestant; no seconds where it failed, but the error.
 
     One contestant's graph is alive at a time, since each keeps its own memory. All are visited twice, the second
     time backwards, so that a clock that drifts meets early and late contestants alike.
     """
     times: dict[str, list[float]] = {name: [] for name in makers}
-    notes: dict[str, str] = {}
+    notes: dict[str, str | Exception] = {}
     order = list(makers)
     for names in (order, order[::-1]):
         for name in names:
+            if isinstance(notes.get(name), Exception):
+                continue
             release_memory()
             try:
                 replay: GraphReplay | None = makers[name]()
                 assert replay is not None
                 notes[name] = replay.note
                 times[name] += _rounds(replay, -(-rounds // 2), seconds / len(names) / 2)
-            except torch.OutOfMemoryError:
-                notes[name] = "out of memory"
+            except Exception as failure:
+                # Its frames hold what there was in memory.
+                notes[name], times[name] = failure.with_traceback(None), []
             finally:
                 replay = None
     return times, notes
