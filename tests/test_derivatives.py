@@ -43,3 +43,19 @@ def test_forward_mode_is_an_error(impl):
         # Tensors without a tangent have nothing to lose.
         assert loss(z_s) > 0
     assert torch.func.jvp(lambda z: loss(z, "eager"), (z_s,), (z_s,))[1] != 0
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.hessian])
+def test_transforms_of_torch_func_are_errors(transform, impl):
+    z_s, z_t = torch.randn(4, 6), torch.randn(4, 6)
+
+    def loss(z, impl=impl):
+        return functional.softmax_kl(z.reshape(-1, 6), z_t[: z.numel() // 6], impl=impl)
+
+    with pytest.raises(NotImplementedError, match=r"softmax_kl.*torch\.func.*impl='eager'"):
+        transform(loss)(z_s)
+    assert transform(lambda z: loss(z, "eager"))(z_s).abs().sum() > 0
+    # A module without its parameters is no transform.
+    got = torch.func.functional_call(torch.nn.Linear(6, 6), {"weight": z_s.T @ z_s}, (z_s,))
+    assert functional.softmax_kl(got, z_t, impl=impl) > 0

@@ -178,6 +178,20 @@ def test_huge_logits_make_no_nan_and_a_common_shift_nothing(dtype, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [1e9, 1e10, 1e30, 3e37])
+def test_logits_whose_rounding_is_larger_than_an_exponent(size, isa):
+    """Those of a model that has diverged: the value has to say so, and the gradient to lead back."""
+    z_s, z_t = (x / x.abs().max() * size for x in pair(6, 500, seed=0))
+    rows = torch.ones(6)
+    truth = reference.softmax_kl_rows(z_s.double(), z_t.double())
+    gradient = torch.softmax(z_s.double(), -1) - torch.softmax(z_t.double(), -1)
+    with machine(isa):
+        loss, grad = native.softmax_kl_fwd_bwd(rows, z_s, z_t, 1.0)
+    torch.testing.assert_close(loss.double(), truth.sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_rows_without_weight_are_not_read(isa, poisoned):
     z_s, z_t = pair(5, 100, seed=0)
     z_s[2] = float("nan")

@@ -208,6 +208,11 @@ def test_explain_says_what_runs_and_why(monkeypatch):
     assert explained.startswith(
         "attention_kl on cpu: chunked (the portable default; native is out: "
     )
+    # As the loss itself is called.
+    plain = bertkd.explain("attention_kl", *[x] * 4)
+    for mask in (torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool), None):
+        assert bertkd.explain("attention_kl", *[x] * 4, mask) == plain
+        assert bertkd.explain("attention_kl", *[[x, x]] * 4, mask) == plain
     with pytest.raises(ValueError, match="unknown impl"):
         bertkd.explain("attention_kl", x, impl="fastest")
 

@@ -111,11 +111,18 @@ def first_order(backward):
     return run
 
 
-def _refuse_tangents(op: str, flat: Sequence[Any]) -> None:
-    """Forward-mode differentiation would silently give 0: the ops know nothing of it."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def _refuse_transforms(op: str, flat: Sequence[Any]) -> None:
+    """Forward-mode differentiation would silently give 0, the transforms of torch.func an error without advice."""
+    if torch.compiler.is_compiling():
         return
-    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flat):
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{op}: the fused losses cannot be transformed by torch.func (grad, vmap, ...). Use impl='eager' there, or "
+            "backward()."
+        )
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flat
+    ):
         raise NotImplementedError(
             f"{op}: the fused losses have no forward-mode derivative. Use impl='eager' there."
         )
@@ -240,7 +247,7 @@ def total_loss(
     flattened = [_flatten(args) for args in calls]
     flat, groups = [flat for flat, _ in flattened], flattened[0][1]
     for call in flat:
-        _refuse_tangents(op, call)
+        _refuse_transforms(op, call)
     if divisor is not None and not any(
         call[i] is not None and call[i].dtype == torch.float16 for call in flat for i in wrt
     ):
@@ -298,7 +305,7 @@ def row_loss(
 ) -> Tensor:
     """``row_weight * rows`` of an op, differentiable in ``wrt``; arguments as for ``sum_loss``."""
     flat, groups = _flatten(args)
-    _refuse_tangents(op, flat)
+    _refuse_transforms(op, flat)
     if _needs_grad(flat, wrt):
         flat = _without_twins(flat)
         return weighted(RowLoss.apply(op, impl, tuple(wrt), groups, row_weight, *flat), row_weight)

@@ -165,7 +165,7 @@ def op_of_loss(name: str) -> str:
 
 def explain(
     op: str,
-    *tensors: Tensor | Sequence[Tensor],
+    *tensors: Tensor | Sequence[Tensor] | None,
     impl: str = "auto",
     device: torch.device | str = "cpu",
 ) -> str:
@@ -174,8 +174,8 @@ def explain(
     Args:
         op: name of a loss, e.g. ``"attention_kl"``; ``"hidden_proj_mse"`` for a ``hidden_mse`` with a
             projection.
-        *tensors: the loss's tensors, or lists of states as the loss takes them. Without any, float32 ones of
-            BERT-base's sizes are assumed.
+        *tensors: the loss's tensors, or lists as the loss takes them; a mask, which decides nothing, may be among
+            them. Without any, float32 ones of BERT-base's sizes are assumed.
         impl: as given to the loss.
         device: where the assumed tensors live.
 
@@ -188,7 +188,8 @@ def explain(
     """
     stem = op_of_loss(op)
     # Nothing reads them, so memory is all they cost, and hardly that: pages that nobody touches.
-    given = [x for arg in tensors for x in ([arg] if isinstance(arg, Tensor) else arg)]
+    flat = [x for arg in tensors for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    given = [x for x in flat if isinstance(x, Tensor) and x.is_floating_point()]
     given = given or [torch.empty(shape, device=device) for shape in _TYPICAL[stem]]
     choice = resolve(stem, requested(impl), given)
     return f"{op} on {given[0].device.type}: {choice.impl} ({choice.reason})"
