@@ -108,3 +108,83 @@ def test_where_scores_cannot_go_is_told_before_any_work(output, message, capsys)
     text = capsys.readouterr().err
     assert f"output={output!r}" in text
     assert message in text
+
+
+@pytest.mark.parametrize("labels", [[0, 1], ["0", "1"], [0]])
+def test_classes_named_by_numbers_are_not_merged_with_class_numbers(tmp_path, capsys, labels):
+    names = {"id2label": {0: "1", 1: "2"}, "num_labels": 2}
+    model = save_tiny_model(tmp_path / "model", head_cls="sequence", **names)
+    task, _ = save_rows(tmp_path, labels)
+    assert main(["evaluate", "--model", model, "--task", task, "--split", "all"]) == 2
+    text = capsys.readouterr().err
+    assert "unknown label '0'" in text
+    assert "the model: '1', '2'." in text
+
+
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_the_order_of_unnamed_classes_is_said_once(tmp_path, caplog, role):
+    names = {"num_labels": 2, "id2label": {0: "bad", 1: "good"}}
+    paths = {
+        name: save_tiny_model(
+            tmp_path / name, head_cls="sequence", **({"num_labels": 2} if name == role else names)
+        )
+        for name in ("model", "teacher")
+    }
+    task, _ = save_rows(tmp_path, ["good", "bad"])
+    evaluate(tmp_path, paths["model"], task, "--split", "all", "--teacher", paths["teacher"])
+    said = [each for each in caplog.messages if "does not name its classes" in each]
+    assert len(said) == 1
+    assert said[0].startswith(f"the {role} does not name its classes: taking LABEL_0 for 'bad', L")
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [({}, [0, 1]), ({"id2label": {0: "good", 1: "bad"}}, ["good", "bad"])],
+)
+def test_nothing_is_said_where_no_order_is_assumed(tmp_path, caplog, names, labels):
+    model = save_tiny_model(tmp_path / "model", head_cls="sequence", num_labels=2, **names)
+    task, _ = save_rows(tmp_path, labels)
+    evaluate(tmp_path, model, task, "--split", "all")
+    assert caplog.messages == []
+
+
+def test_a_teacher_with_another_order_is_refused_before_anything_runs(tmp_path, capsys):
+    for name, names in (("model", ["bad", "good"]), ("teacher", ["good", "bad"])):
+        save_tiny_model(
+            tmp_path / name, head_cls="sequence", num_labels=2, id2label=dict(enumerate(names))
+        )
+    task, _ = save_rows(tmp_path, ["good", "bad"])
+    words = ["--model", str(tmp_path / "model"), "--teacher", str(tmp_path / "teacher")]
+    assert main(["evaluate", *words, "--task", task]) == 2
+    assert "the teacher's labels are good, bad" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_is_not_its_model(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "run" / "model", head_cls="sequence", num_labels=2)
+    task, _ = save_rows(tmp_path, [0, 1])
+    run = str(tmp_path / "run")
+    for words, name in (
+        (["evaluate", "--model", run], "model"),
+        (["evaluate", "--model", model, "--teacher", run], "teacher"),
+        (["distill", "--teacher", run, "--output_dir", str(tmp_path / "out")], "teacher"),
+        (["finetune", "--model", run, "--output_dir", str(tmp_path / "out")], "model"),
+    ):
+        assert main([*words, "--task", task]) == 2
+        text = capsys.readouterr().err
+        assert f"{name}={run!r} is the folder of a run; name its model, {model!r}." in text
+
+
+def test_every_config_is_read_once(tmp_path, monkeypatch):
+    from bertkd.study import models
+
+    model = save_tiny_model(tmp_path / "model", head_cls="sequence", num_labels=2)
+    task, _ = save_rows(tmp_path, [0, 1])
+    load_config, read = models.load_config, []
+
+    def counted(path, argument):
+        read.append(argument)
+        return load_config(path, argument)
+
+    monkeypatch.setattr(models, "load_config", counted)
+    evaluate(tmp_path, model, task, "--split", "all", "--teacher", model)
+    assert sorted(read) == ["model", "teacher"]

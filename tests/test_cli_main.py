@@ -91,6 +91,44 @@ def test_config_file_and_flags_that_override_it(tmp_path):
     )
 
 
+@pytest.mark.parametrize("last", [["--config", "{}"], ["--config={}"]])
+def test_flags_override_a_config_file_that_stands_after_them(last, tmp_path):
+    path, other = tmp_path / "run.yaml", tmp_path / "more.yaml"
+    path.write_text("teacher: t\noutput_dir: o\nlr: 0.1\nsteps: 5\nresume: false\n")
+    other.write_text("steps: 6\nseed: 7\n")
+    words = ["distill", "--lr", "0.2", "--resume", *last, "--dry_run", f"--config={other}"]
+    values = build_parser().parse_args([word.format(path) for word in words]).distill
+    assert (values.teacher, values.lr, values.resume) == ("t", 0.2, True)
+    assert (values.dry_run, values.steps, values.seed) == (True, 6, 7)
+
+
+@pytest.mark.parametrize("command", [["distill"], ["study", "topic"]])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected options, one `name: value` a line, got nothing.\n"),
+        ("just words", "expected options, one `name: value` a line, got just words.\n"),
+        ("seed: [3", "Problems parsing config"),
+        ("output_dri: o", "unknown option --output_dri. Did you mean --output_dir?"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_named(command, text, message, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--config", str(path)])
+    assert exit_.value.code == 2
+    assert f"bertkd {' '.join(command)}: error: {path}: {message}" in capsys.readouterr().err
+
+
+def test_shortened_flags_are_unknown(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--conf", "run.yaml"])
+    assert (
+        "unrecognized arguments: --conf run.yaml. Did you mean --config?" in capsys.readouterr().err
+    )
+
+
 def test_unknown_key_in_a_config_file(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("teacher: t\noutput_dir: o\nobjectiv: kd\n")

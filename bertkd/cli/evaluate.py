@@ -52,8 +52,8 @@ def prepare(config: Config) -> Callable[[], None]:
         ValueError, FileNotFoundError: whatever cannot work, by the name of its option.
     """
     from bertkd.data import is_built_in
-    from bertkd.study.models import load_model, load_tokenizer, saved_head, saved_labels
-    from bertkd.study.workload import RETRIEVAL
+    from bertkd.study.models import head_of, load_config, load_model, load_tokenizer, saved_labels
+    from bertkd.study.workload import RETRIEVAL, check_labels
 
     if config.task is None:
         raise ValueError("no data: give --task (a task's name or a file).")
@@ -63,7 +63,10 @@ def prepare(config: Config) -> Callable[[], None]:
     if config.output is not None:
         _check_output(config.output)
     tokenizer = load_tokenizer(config.model, "model")
-    options = saved_labels(config.model, "model") if local else {}
+    paths = {"teacher": config.teacher, "model": config.model}
+    paths = {name: path for name, path in paths.items() if path is not None}
+    configs = {name: load_config(path, name) for name, path in paths.items()}
+    options = saved_labels(configs["model"]) if local else {}
     if config.split == ALL:
         options["validation_path"] = config.task
     workload = config.workload(config.task, tokenizer, config.max_length, **options)
@@ -74,16 +77,15 @@ def prepare(config: Config) -> Callable[[], None]:
             "only the rows that training holds out count; --split all counts every row",
             stacklevel=2,
         )
-    paths = {"teacher": config.teacher, "model": config.model}
     models = {}
     for name, path in paths.items():
-        if path is None:
-            continue
-        if workload.head == "labels" and saved_head(path, name) != "labels":
+        if workload.head == "labels" and head_of(configs[name]) != "labels":
             raise ValueError(
                 f"{name}={path!r} has no head for labels; fine-tune it on the task first."
             )
         models[name] = load_model(path, name, workload.head)
+        if workload.task is not None:
+            check_labels(models[name], workload.task, name)
     return lambda: _run(config, workload, models)
 
 

@@ -7,6 +7,8 @@ import dataclasses
 import difflib
 import re
 import sys
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NoReturn, get_type_hints
 
 import jsonargparse
@@ -14,6 +16,7 @@ import jsonargparse
 from bertkd.bench.commandline import description
 
 USAGE_ERROR = 2
+CONFIG = "--config"
 
 
 class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -21,11 +24,31 @@ class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class CommandParser(jsonargparse.ArgumentParser):
-    """A jsonargparse parser whose errors are one short paragraph."""
+    """A jsonargparse parser whose errors are one short paragraph, and whose flags override ``--config``."""
+
+    _file: str | None = None  # the --config file that is being read
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # A subcommand's own formatter would give way to that of the parser above it.
-        super().__init__(*args, **{"formatter_class": _Formatter, **kwargs})
+        # A subcommand's own formatter would give way to that of the parser above it. Shortened flags
+        # are as unknown as without jsonargparse: `--conf` would not be put first.
+        super().__init__(*args, **{"formatter_class": _Formatter, "allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        """As jsonargparse's, with ``--config`` read before the flags, wherever it stands among them."""
+        words = list(sys.argv[1:] if args is None else args)
+        if CONFIG in self._flags():
+            words = _config_first(words)
+        return super().parse_args(words, *more, **options)
+
+    def parse_path(self, path: Any, *more: Any, **options: Any) -> Any:
+        """As jsonargparse's; errors name the file, and so do those about options that do not exist."""
+        self._file = str(path)
+        values = super().parse_path(path, *more, **options)
+        for key in vars(values):
+            if key not in {action.dest for action in self._actions}:
+                self.error(f"unknown option --{key}")
+        self._file = None
+        return values
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message, the nearest known flag where one was misspelt, and exit with 2."""
@@ -40,6 +63,8 @@ class CommandParser(jsonargparse.ArgumentParser):
         for key in re.findall(r"(?:required: |^expected \")((?:\w+\.)*)", message):
             command = " ".join([command, *key.split(".")]).strip()
         message = _as_typed(message)
+        if self._file is not None:
+            message = f"{self._file}: {message}"
         print(f"{command}: error: {message}\nSee `{command} --help`.", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 
@@ -47,10 +72,26 @@ class CommandParser(jsonargparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings]
 
 
+def _config_first(words: Sequence[str]) -> list[str]:
+    """``--config`` files before the flags: jsonargparse lets what it reads last win."""
+    first, others = [], []
+    rest = iter(words)
+    for word in rest:
+        if word == CONFIG:
+            first += [word, *islice(rest, 1)]
+        else:
+            (first if word.startswith(f"{CONFIG}=") else others).append(word)
+    return first + others
+
+
 def _as_typed(message: str) -> str:
     """jsonargparse's message with options as the user types them, and types in plain words."""
     if found := re.fullmatch(r'expected "[\w.]+" to be one of {(.*)}, but it was not .*', message):
         return f"name one of: {found[1]}."
+    if found := re.fullmatch(r"Unexpected config:(.*)", message):
+        return (
+            f"expected options, one `name: value` a line, got {found[1].strip()[:80] or 'nothing'}."
+        )
     start = "the following arguments are required: "
     if message.startswith(start):
         keys = message.removeprefix(start).split(", ")
@@ -73,8 +114,8 @@ def _as_typed(message: str) -> str:
 def command_parser(name: str, config: type) -> CommandParser:
     """A parser with one flag per field of ``config``, its own first, then those of each base class.
 
-    ``--config FILE`` reads options from YAML; flags after it override the file. Booleans may stand
-    alone: ``--resume`` is ``--resume true``.
+    ``--config FILE`` reads options from YAML; flags override it. Booleans may stand alone:
+    ``--resume`` is ``--resume true``.
 
     Args:
         name: the command's words, e.g. ``"study topic"``.
@@ -82,7 +123,7 @@ def command_parser(name: str, config: type) -> CommandParser:
             the first lines of its bases' docstrings describe the options.
     """
     parser = CommandParser(usage=f"bertkd {name} [options]", description=description(config))
-    parser.add_argument("--config", action="config", help="YAML file with options of this command.")
+    parser.add_argument(CONFIG, action="config", help="YAML file with options of this command.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     bases = config.__bases__ if config.__bases__ != (object,) else ()
     inherited = {field.name for base in bases for field in dataclasses.fields(base)}

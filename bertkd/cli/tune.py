@@ -21,7 +21,7 @@ class Config:
     process uses it, and deleting it brings the shipped shapes back.
 
       bertkd tune
-      bertkd tune --dtypes [bfloat16] --head_widths [64,32] --budget_minutes 10
+      bertkd tune --dtypes "[bfloat16]" --head_widths "[64,32]" --budget_minutes 10
 
     Attributes:
         dtypes: bfloat16, float16, float32.

@@ -16,7 +16,7 @@ class Config:
     plus the dtype's rounding. Exit code 1 if any is wrong, or none could be checked.
 
       bertkd verify
-      bertkd verify --ops [attention_kl] --length 1000 --head_width 96 --dtypes [bfloat16]
+      bertkd verify --ops "[attention_kl]" --length 1000 --head_width 96 --dtypes "[bfloat16]"
 
     Attributes:
         ops: Losses to check. Default: all.

@@ -132,8 +132,8 @@ def encode_rows(
         allow_empty: take ``""`` as a text (some GLUE questions are empty) instead of refusing it.
 
     Raises:
-        ValueError: a missing column, a text that is missing, empty or no string (file and row are
-            named), or an impossible ``max_length``.
+        ValueError: a missing column, a text that is missing, empty, no string or not Unicode (file
+            and row are named), or an impossible ``max_length``.
     """
     check_max_length(tokenizer, max_length, pair=pair_column is not None)
     columns = [_texts(table, text_column, "text_column", allow_empty)]
@@ -172,5 +172,13 @@ def _texts(table: Table, name: str, argument: str, allow_empty: bool) -> list[st
             raise ValueError(
                 f"{table.where(row)}: column {name!r} holds {got}. Remove the row or fill it in."
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can hold it as an escape; tokenizers fail on it without a word on where it stands.
+            raise ValueError(
+                f"{table.where(row)}: column {name!r} holds {text[error.start]!r}, half a character "
+                f"(a lone surrogate), at position {error.start + 1}. Remove or replace it."
+            ) from error
         texts.append(text)
     return texts

@@ -96,9 +96,12 @@ def load_task(
         validation_path: local validation file.
         test_path: local test file.
         glue_dir: directory with GLUE's files; default: the hub.
-        regression: the label is a number to predict; default: it is if the column holds floats.
+        regression: the label is a number to predict; default: it is if the column holds floats and
+            no classes are expected.
         num_labels: expected number of classes; 1 means regression.
-        label_names: names of classes 0, 1, ...; default: integer labels in order, others sorted.
+        label_names: names of classes 0, 1, ..., of which a file holds either the names or, unless
+            they are numbers themselves, the class numbers; default: integer labels in order, others
+            sorted.
         validation_fraction: share of the training rows that is held out where a local task has no
             validation data; chosen by a hash of the texts, so equal texts stay together.
         sources: whose docstrings the ``pydocs`` tasks use, see ``read_docstrings``.
@@ -188,7 +191,7 @@ def encode_task(
                 f"{table.name} has no column {raw.label_column!r}: the {split} split is scored and "
                 "needs labels. Add them, or take the file out."
             )
-    known_from = "label_names" if raw.label_names is not None else train.name
+    known_from = "label_names or the model" if raw.label_names is not None else train.name
     splits = {
         split: encode_rows(
             table,

@@ -108,10 +108,11 @@ def load_config(path: str | os.PathLike[str], argument: str) -> PretrainedConfig
 
 def saved_head(path: str | os.PathLike[str], argument: str) -> str | None:
     """Which head the checkpoint was saved with: ``"labels"``, ``"mlm"`` or ``None``."""
-    return _head(load_config(path, argument))
+    return head_of(load_config(path, argument))
 
 
-def _head(config: PretrainedConfig) -> str | None:
+def head_of(config: PretrainedConfig) -> str | None:
+    """Which head a checkpoint with this config was saved with: ``"labels"``, ``"mlm"`` or ``None``."""
     names = config.architectures or []
     if any(name.endswith("ForSequenceClassification") for name in names):
         return "labels"
@@ -132,17 +133,21 @@ def label_config(task: TaskData) -> dict[str, Any]:
     }
 
 
-def saved_labels(path: str | os.PathLike[str], argument: str) -> dict[str, Any]:
+def class_names(config: PretrainedConfig) -> list[str] | None:
+    """The names of classes 0, 1, ...; ``None`` where they are transformers' ``LABEL_0``, ``LABEL_1``, ..."""
+    names = [config.id2label.get(number) for number in range(config.num_labels)]
+    unnamed = [f"LABEL_{number}" for number in range(config.num_labels)]
+    return None if names == unnamed else list(map(str, names))
+
+
+def saved_labels(config: PretrainedConfig) -> dict[str, Any]:
     """The labels of a checkpoint with that head, as arguments of ``load_task``: a file may lack some."""
-    config = load_config(path, argument)
-    if _head(config) != "labels":
+    if head_of(config) != "labels":
         return {}
-    names = [config.id2label[number] for number in range(config.num_labels)]
     if config.num_labels == 1:
         return {"regression": True}
-    if names == [f"LABEL_{number}" for number in range(config.num_labels)]:
-        return {"num_labels": config.num_labels}
-    return {"label_names": names}
+    names = class_names(config)
+    return {"num_labels": config.num_labels} if names is None else {"label_names": names}
 
 
 @contextlib.contextmanager
@@ -151,6 +156,11 @@ def _said_plainly(path: str | os.PathLike[str], argument: str, what: str) -> Ite
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"{argument}={name!r}: no such directory.")
+    model = Path(name) / "model"
+    if not (Path(name) / "config.json").is_file() and (model / "config.json").is_file():
+        raise ValueError(
+            f"{argument}={name!r} is the folder of a run; name its model, {str(model)!r}."
+        )
     try:
         yield
     except (OSError, ValueError, KeyError) as error:

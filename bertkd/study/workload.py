@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from bertkd.data import (
 from bertkd.data.encode import EncodedRows, encode_rows
 from bertkd.data.tables import Table
 from bertkd.encoders import unwrap
+from bertkd.study.models import class_names
 from bertkd.study.retrieval import RetrievalJudge
 from bertkd.training.evaluate import predict
 from bertkd.training.metrics import compute_metrics
@@ -131,32 +133,48 @@ def encode_texts(texts: list[str], name: str, tokenizer: Any, max_length: int) -
 def check_labels(model: nn.Module, task: TaskData, role: str = "model") -> None:
     """Refuse a model whose labels are not the task's, in the task's order.
 
-    Names such as ``LABEL_0`` say nothing and pass. ``role`` is what the messages call the model.
+    Where the model does not name its classes (``LABEL_0``, ...), the order is taken on trust, with a
+    warning. ``role`` is what the messages call the model.
 
     Raises:
         ValueError: another number of labels, other names or another order.
     """
+    if _refuse_others(model, task, role):
+        taken = [f"LABEL_{number} for {name!r}" for number, name in enumerate(task.label_names)]
+        more = f", ... ({len(taken)} in all)" if len(taken) > 12 else ""
+        warnings.warn(
+            f"the {role} does not name its classes: taking {', '.join(taken[:12])}{more}; if that is "
+            "another order, name them in its config.json (id2label)",
+            stacklevel=2,
+        )
+
+
+def _refuse_others(model: nn.Module, task: TaskData, role: str) -> bool:
+    """Raises as ``check_labels`` does; whether the order of the classes is taken on trust."""
     config: Any = getattr(unwrap(model), "config", None)
     if config is None:
-        return
+        return False
     if config.num_labels != task.num_labels:
         raise ValueError(
             f"the {role} predicts {config.num_labels} labels, task {task.name} has "
             f"{task.num_labels}: fine-tune a {role} on this task"
         )
-    ours = [config.id2label.get(number) for number in range(task.num_labels)]
-    unnamed = [f"LABEL_{number}" for number in range(task.num_labels)]
-    if task.label_names and ours not in (unnamed, list(task.label_names)):
+    names = class_names(config)
+    if task.label_names and names not in (None, list(task.label_names)):
         raise ValueError(
-            f"the {role}'s labels are {', '.join(map(str, ours))}, those of task {task.name} "
+            f"the {role}'s labels are {', '.join(names)}, those of task {task.name} "
             f"{', '.join(task.label_names)}: another order or other classes, so that its scores "
             f"would mean nothing. Fine-tune a {role} on this task."
         )
+    # Labels 0, 1, ... are the model's class numbers: nothing is assumed.
+    numbers = tuple(map(str, range(task.num_labels)))
+    return names is None and task.label_names not in ((), numbers)
 
 
 def _label_judge(data: TaskData, rows: EncodedRows, collate: Collator) -> Judge:
     def judge(model: nn.Module) -> dict[str, float]:
-        check_labels(model, data)
+        # It judges many times in a training, so that a warning has no place here.
+        _refuse_others(model, data, "model")
         logits, labels = predict(model, rows, collate)
         return compute_metrics(data.metric_names, logits, labels)
 
