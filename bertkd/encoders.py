@@ -166,7 +166,8 @@ def block_list(model: nn.Module) -> nn.ModuleList | list[nn.Module]:
     if base.config.model_type != "albert":
         return blocks
     num_blocks, num_groups = base.config.num_hidden_layers, len(blocks)
-    return [blocks[i * num_groups // num_blocks].albert_layers[0] for i in range(num_blocks)]
+    # With transformers' own rounding: in floats 9 / (18 / 14) is less than 7.
+    return [blocks[int(i / (num_blocks / num_groups))].albert_layers[0] for i in range(num_blocks)]
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

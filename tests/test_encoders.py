@@ -52,9 +52,9 @@ def test_blocks_run_in_the_order_listed(model_type):
     assert ran == [embeddings(model), *(module for pair in pairs for module in pair)]
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_albert_repeats_its_groups_as_the_forward_does(groups):
-    model = tiny_model("albert", layers=4, num_hidden_groups=groups)
+@pytest.mark.parametrize(("layers", "groups"), [(4, 1), (4, 2), (4, 4), (5, 3), (18, 14)])
+def test_albert_repeats_its_groups_as_the_forward_does(layers, groups):
+    model = tiny_model("albert", layers=layers, num_hidden_groups=groups)
     ran = []
     for group in model.encoder.albert_layer_groups:
         group.albert_layers[0].register_forward_pre_hook(lambda module, args: ran.append(module))
