@@ -152,7 +152,7 @@ class Distiller(nn.Module):
             )
         self.objective.redraw()
         needs = self.objective.needs()
-        check_batch(batch, needs, self.objective)
+        check_batch(batch, needs, self.objective, self.student, self.teacher)
         inputs, has_pads = self._inputs(batch)
         teacher = self._record_teacher(inputs, needs, has_pads)
         student = self._record(

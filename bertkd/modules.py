@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from bertkd import functional
-from bertkd.errors import unknown_name
+from bertkd.errors import unknown_name, whole_number
+from bertkd.ops.checks import check_number, check_options
+from bertkd.ops.dispatch import requested
 
 # Losses that hand their options on.
 _OPTIONS_FROM: dict[Any, Any] = {
@@ -25,8 +27,38 @@ def _options(loss: Any) -> list[str]:
     return [x.name for x in parameters if x.kind is Parameter.KEYWORD_ONLY]
 
 
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Refuse now the values that the loss would refuse at its first call; tensors are its own business."""
+    check_options(name, options.get("reduction", "mean"), options.get("temperature", 1.0))
+    for option in ("scale_s", "scale_t"):
+        if options.get(option) is not None:
+            check_number(name, option, options[option])
+    if options.get("relation_heads") is not None:
+        whole_number(f"{name}: relation_heads", options["relation_heads"], least=1)
+    if "impl" in options:
+        eager_only = (x for x in ("min_prob", "min_score") if options.get(x) is not None)
+        requested(options["impl"], next(eager_only, None))
+
+
+def _widths(name: str, widths: Any) -> list[int]:
+    """Widths of several states as a list.
+
+    Raises:
+        TypeError, ValueError: they are no sequence of whole numbers from 1 on, or none.
+    """
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise TypeError(f"{name} must be a sequence of widths, one per state, got {widths!r}")
+    if not widths:
+        raise ValueError(f"{name} is empty: give the width of each state")
+    return [whole_number(f"{name}[{i}]", width, least=1) for i, width in enumerate(widths)]
+
+
 class _Loss(nn.Module):
-    """A loss whose keyword options are fixed at construction; ``forward`` takes the tensors and may add options."""
+    """A loss whose keyword options are fixed at construction; ``forward`` takes the tensors and may add options.
+
+    Raises:
+        TypeError, ValueError: an unknown option, or a value that the loss would refuse later.
+    """
 
     loss: Any
 
@@ -36,6 +68,7 @@ class _Loss(nn.Module):
         for name in options:
             if name not in known:
                 raise unknown_name(f"option of {type(self).__name__}", name, known)
+        _check_options(type(self).__name__, options)
         self.options = options
 
     def forward(self, *tensors: Any, **options: Any) -> Tensor:
@@ -105,7 +138,8 @@ class HiddenMSE(_Loss):
         **options: as for ``functional.hidden_mse``.
 
     Raises:
-        ValueError: for ``project=False`` with different widths.
+        TypeError, ValueError: a width that is no whole number from 1 on, or ``project=False`` with
+            different widths.
     """
 
     loss = staticmethod(functional.hidden_mse)
@@ -120,9 +154,11 @@ class HiddenMSE(_Loss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        width_s = whole_number("width_s", width_s, least=1)
+        width_t = whole_number("width_t", width_t, least=1)
         if project not in (True, False, "auto"):
             raise ValueError(f"project must be True, False or 'auto', got {project!r}.")
-        if project is False and width_s != width_t:
+        if not project and width_s != width_t:
             raise ValueError(
                 f"project=False needs equal widths, got {width_s} and {width_t}. Use project='auto'."
             )
@@ -144,6 +180,9 @@ class HiddenCombineMSE(_Loss):
         widths_t: widths of the teacher's states.
         bias: whether the projection has one.
         **options: as for ``functional.hidden_combine_mse``.
+
+    Raises:
+        TypeError, ValueError: widths that are no sequence of whole numbers from 1 on, or none.
     """
 
     loss = staticmethod(functional.hidden_combine_mse)
@@ -157,7 +196,8 @@ class HiddenCombineMSE(_Loss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.projection = nn.Linear(sum(widths_t), sum(widths_s), bias=bias)
+        into, out_of = _widths("widths_s", widths_s), _widths("widths_t", widths_t)
+        self.projection = nn.Linear(sum(out_of), sum(into), bias=bias)
 
     def forward(  # type: ignore[override]
         self,

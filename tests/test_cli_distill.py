@@ -240,5 +240,8 @@ def test_damaged_checkpoint_is_named_and_code_1(place, tmp_path, capsys):
     broken = out / "1-distil" / "checkpoint-4" / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
     assert distill(place, out, *words, "--resume") == 1
-    assert "checkpoint-4" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "checkpoint-4" in text
+    # The same words serve `--resume last-good` and resume='last-good'.
+    assert "Give resume the value 'last-good'" in text
     assert distill(place, out, *words, "--resume", "last-good") == 0

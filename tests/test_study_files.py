@@ -29,11 +29,32 @@ def test_foreign_directories_are_never_taken(tmp_path):
 
 def test_an_earlier_run_is_taken_only_when_asked_and_by_its_own_command(tmp_path):
     claim_output_dir(tmp_path, "distill")
+    (tmp_path / "1-distil").mkdir()
     with pytest.raises(ValueError, match="--resume"):
         check_output_dir(tmp_path, "distill")
     with pytest.raises(ValueError, match="bertkd distill"):
         check_output_dir(tmp_path, "finetune", reuse=True)
     claim_output_dir(tmp_path, "distill", reuse=True)
+
+
+def test_a_run_that_left_nothing_but_its_marker_is_no_earlier_run(tmp_path):
+    claim_output_dir(tmp_path, "distill")
+    claim_output_dir(tmp_path, "distill")
+    with pytest.raises(ValueError, match="bertkd distill"):
+        check_output_dir(tmp_path, "finetune")
+
+
+def test_a_folder_is_tried_without_a_trace_even_while_others_try_it(tmp_path):
+    check_output_dir(tmp_path / "a" / "b", "distill")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / ".bertkd-trial-of-another-process").mkdir()
+    check_output_dir(tmp_path, "distill")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_place_where_not_even_root_can_write():
+    with pytest.raises(ValueError, match=r"'/proc/a/b' cannot be created: '/proc' cannot be wri"):
+        check_output_dir("/proc/a/b", "distill")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -60,6 +81,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
         ValueError, match=r"output_dir '.*run' cannot be written to \(No space left"
     ):
         claim_output_dir(tmp_path / "run", "distill")
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ValueError, match=r"cannot be created: .* cannot be written to"):
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    with pytest.raises(ValueError, match=r"cannot be created: .* cannot be written to \(No space"):
         check_output_dir(tmp_path / "run", "distill")
+    with pytest.raises(ValueError, match=r"output_dir '.*' cannot be written to \(No space"):
+        check_output_dir(tmp_path, "distill")

@@ -9,7 +9,9 @@ from accelerate import Accelerator
 from tiny_models import tiny_model
 from training_fakes import VOCAB, FakeDistiller, collate, examples, on_cpu, run
 
+from bertkd.errors import CheckpointError
 from bertkd.training import Recipe, Stage, make_accelerator, predict, run_recipe, train
+from bertkd.training.machine import check_machine
 
 pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
 
@@ -76,6 +78,27 @@ def test_weights_in_half_precision_are_not_trained(tmp_path, dtype):
     module = FakeDistiller()
     module.register_parameter("frozen", torch.nn.Parameter(torch.ones(2, dtype=dtype), False))
     run(tmp_path, module)
+
+
+def test_what_a_machine_lacks_is_told_without_making_anything():
+    check_machine("bf16", ["tensorboard", "all"])
+    with pytest.raises(ValueError, match="precision='fp16' needs a GPU"):
+        check_machine("fp16")
+    with pytest.raises(ValueError, match="unknown tracker 'tensorbord'"):
+        check_machine("fp32", "tensorbord")
+    with pytest.raises(ImportError, match="'comet_ml' is not installed; install it, or name"):
+        check_machine("fp32", "comet_ml")
+
+
+def test_settings_that_a_run_states_are_its_own(tmp_path):
+    stated = {"layers": (0, 3), "student": None}
+    run(tmp_path, settings=stated)
+    run(tmp_path, settings=stated, resume=True)
+    run(tmp_path, resume=True)  # states nothing
+    with pytest.raises(CheckpointError, match=r"settings\.layers was \[0, 3\], now \[1, 3\]; set"):
+        run(tmp_path, settings={"layers": [1, 3], "student": "mine"}, resume=True)
+    run(tmp_path / "older")
+    run(tmp_path / "older", settings=stated, resume=True)
 
 
 def test_a_stage_that_is_not_evaluated_needs_no_eval_fn(tmp_path):

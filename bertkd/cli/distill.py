@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Config(TaskOptions, StageOptions, RunOptions):
     """Distil a teacher into a smaller student, on a task or on plain text.
 
-    Without a recipe: att_kl + hid_seq into 3 blocks, 3 epochs. First look at the plan:
+    Without a recipe: att_kl + hid_seq, and kd where there is a task head to train, into 3 blocks, 3
+    epochs. First look at the plan:
 
       bertkd distill --teacher runs/rte-teacher/model --recipe rte --output_dir runs/rte --dry_run
       bertkd distill --teacher roberta-base --text corpus.txt --objective minilm --output_dir runs/lm
@@ -65,14 +66,17 @@ def prepare(config: Config) -> Callable[[], None]:
     """
     from accelerate import PartialState
 
+    from bertkd.study.card import UNTRAINED
     from bertkd.study.files import check_output_dir
     from bertkd.study.jobs import Job, run_job
     from bertkd.study.models import load_model, load_tokenizer
     from bertkd.study.stages import stage_steps
     from bertkd.study.workload import check_labels
 
+    _check_together(config)
     check_output_dir(config.output_dir, "distill", reuse=bool(config.resume))
     recipe = _recipe(config)
+    config.check_machine(recipe.stages)
     tokenizer = load_tokenizer(config.teacher, "teacher")
     workload = _workload(config, recipe, tokenizer)
     head = _head(config, workload)
@@ -80,6 +84,7 @@ def prepare(config: Config) -> Callable[[], None]:
     if workload.task is not None:
         check_labels(teacher, workload.task, "teacher")
     student = _student(config, recipe, teacher, workload)
+    settings = _settings(config, recipe, teacher, student)
     facts = {"student made of": config.student or f"the teacher's blocks {recipe.layers}"}
     if config.teacher_precision != "fp32":
         # Loaded anew: a cast would round what from_pretrained keeps, rotary frequencies for one.
@@ -105,12 +110,20 @@ def prepare(config: Config) -> Callable[[], None]:
         return distiller
 
     # Every stage is built once before any is trained, so that a mistake in the last one shows now.
-    stages = tuple(_judged(stage, build(stage), workload) for stage in recipe.stages)
+    trains_head = [build(stage).uses_student_logits for stage in recipe.stages]
+    start = _head_at_start(config, recipe, workload)
+    stages = tuple(
+        _judged(stage, trains_head[:number], start, workload)
+        for number, stage in enumerate(recipe.stages, start=1)
+    )
+    untrained = None if any(trains_head) else start
     say = PartialState().print
     for number, stage in enumerate(stages, start=1):
         updates = f"{stage_steps(stage, workload):,} updates of {stage.batch_size} examples"
         say(f"\nstage {number} of {len(stages)}: {stage.name}, {updates} from {workload.name}")
         say(build(stage).plan(stage.batch_size // stage.accumulate, recipe.max_length))
+    if untrained is not None:
+        say(f"\n{UNTRAINED[untrained]}")
     job = Job(
         command="distill",
         source=config.teacher,
@@ -122,6 +135,8 @@ def prepare(config: Config) -> Callable[[], None]:
         output_dir=Path(config.output_dir),
         teacher=teacher,
         facts=facts,
+        settings=settings,
+        untrained_head=untrained,
         seed=recipe.seed,
         resume=config.resume,
         log_with=config.trackers(),
@@ -129,11 +144,31 @@ def prepare(config: Config) -> Callable[[], None]:
     return (lambda: None) if config.dry_run else lambda: run_job(job)
 
 
+def _check_together(config: Config) -> None:
+    """Refuse an option that another one leaves without a use."""
+    if config.text is None and config.masked:
+        raise ValueError("masked is for --text, a task has labels of its own.")
+    if config.text is not None and config.task is not None:
+        raise ValueError(f"give task={config.task!r} or text={config.text!r}, not both.")
+    making = {name: getattr(config, name) for name in ("layers", "hidden_size", "copy_head")}
+    columns = {f.name: getattr(config, f.name) for f in fields(TaskOptions)}
+    for other, options, use in (
+        ("student", making, "is for a student that is made of the teacher"),
+        ("text", columns, "is for labelled tasks"),
+    ):
+        for name, value in options.items():
+            if getattr(config, other) is not None and value is not None:
+                raise ValueError(
+                    f"{name}={value!r} {use}, and {other}={getattr(config, other)!r} leaves no use for it; "
+                    "leave one of them out."
+                )
+
+
 def _recipe(config: Config) -> Recipe:
     from bertkd.training.recipe import Recipe, Stage
 
     if config.recipe is None:
-        stage = Stage(objective=config.objective or "att_kl + hid_seq", epochs=3)
+        stage = Stage(objective=config.objective or _default_objective(config), epochs=3)
         recipe = Recipe(stages=(stage,))
     else:
         recipe = Recipe.load(config.recipe)
@@ -151,15 +186,19 @@ def _recipe(config: Config) -> Recipe:
     return overridden(dataclasses.replace(recipe, **changes), config, config)
 
 
+def _default_objective(config: Config) -> str:
+    """Inner layers, and the logits where the data has a use for the task head: no other term trains it."""
+    from bertkd.study.workload import RETRIEVAL
+
+    has_head = config.task != RETRIEVAL if config.text is None else config.masked
+    return "att_kl + hid_seq + kd" if has_head else "att_kl + hid_seq"
+
+
 def _workload(config: Config, recipe: Recipe, tokenizer: Any) -> Workload:
     from bertkd.study.workload import load_text
 
     if config.text is None:
-        if config.masked:
-            raise ValueError("masked is for --text, a task has labels of its own.")
         return config.workload(task_of(config, recipe), tokenizer, recipe.max_length)
-    if config.task is not None:
-        raise ValueError(f"give task={config.task!r} or text={config.text!r}, not both.")
     return load_text(config.text, tokenizer, recipe.max_length, masked=config.masked)
 
 
@@ -183,24 +222,77 @@ def _student(config: Config, recipe: Recipe, teacher: Any, workload: Workload) -
     from accelerate import PartialState
 
     from bertkd.student import create_student
-    from bertkd.study.models import load_model
+    from bertkd.study.models import label_config, load_model, saved_head
+    from bertkd.study.workload import check_labels
 
+    if config.student is None:
+        return create_student(
+            teacher,
+            recipe.layers,
+            hidden_size=recipe.hidden_size,
+            copy_head=recipe.copy_head,
+            seed=recipe.seed,
+            verbose=PartialState().is_main_process,
+        )
+    labels = {}
+    if workload.task is not None and saved_head(config.student, "student") != "labels":
+        labels = label_config(workload.task)
+    student = load_model(config.student, "student", workload.head, seed=recipe.seed, **labels)
+    if workload.task is not None:
+        check_labels(student, workload.task, "student")
+    return student
+
+
+def _settings(config: Config, recipe: Recipe, teacher: Any, student: Any) -> dict[str, Any]:
+    """What a resumed run must not change besides its stages, data and teacher; by the options' names."""
+    from bertkd.encoders import describe
+    from bertkd.student import teacher_layers
+    from bertkd.training.run_record import encoder_checksum
+
+    making: dict[str, Any] = dict.fromkeys(("layers", "hidden_size", "copy_head", "student"))
     if config.student is not None:
-        return load_model(config.student, "student", workload.head, seed=recipe.seed)
-    return create_student(
-        teacher,
-        recipe.layers,
-        hidden_size=recipe.hidden_size,
-        copy_head=recipe.copy_head,
-        seed=recipe.seed,
-        verbose=PartialState().is_main_process,
-    )
+        # Not its name: a folder may be moved, or hold another model by now.
+        making["student"] = f"weights {encoder_checksum(student):08x}"
+    else:
+        making["layers"] = teacher_layers(recipe.layers, describe(teacher).num_blocks)
+        making["hidden_size"] = describe(student).hidden_size
+        making["copy_head"] = recipe.copy_head
+    return making | {"teacher_precision": config.teacher_precision}
 
 
-def _judged(stage: Stage, distiller: Distiller, workload: Workload) -> Stage:
-    """Judge by the workload's metric where the student's output means something to it."""
-    if stage.metric is not None or not workload.judges or stage.eval_every is None:
+def _head_at_start(
+    config: Config, recipe: Recipe, workload: Workload
+) -> Literal["new", "copied"] | None:
+    """Where the task head comes from before any stage trains it; None where there is none."""
+    from bertkd.study.models import saved_head
+
+    if workload.head is None:
+        return None
+    if config.student is None:
+        return "copied" if recipe.copy_head else "new"
+    return "copied" if saved_head(config.student, "student") == workload.head else "new"
+
+
+def _judged(stage: Stage, trains_head: list[bool], start: str | None, workload: Workload) -> Stage:
+    """Judge by the workload's metric where the student's output means something to it.
+
+    Args:
+        stage: what to do.
+        trains_head: of each stage up to this one, whether it trains the task head.
+        start: as ``_head_at_start`` gives it.
+        workload: data and judges.
+
+    Raises:
+        ValueError: the stage is to be judged by the outputs of a head that nothing has trained.
+    """
+    if stage.eval_every is None or not workload.judges:
         return stage
-    if workload.head is not None and not distiller.uses_student_logits:
-        return stage
-    return dataclasses.replace(stage, metric=workload.metric)
+    if stage.metric is None:
+        means_something = start is None or trains_head[-1]
+        return dataclasses.replace(stage, metric=workload.metric) if means_something else stage
+    if start == "new" and not any(trains_head):
+        raise ValueError(
+            f"stage {stage.name!r} is to be judged by {stage.metric}, but {stage.objective!r} does not train "
+            "the task head, which is new: add kd or ce, or give the stage metric: null and eval_every: null."
+        )
+    return stage

@@ -44,10 +44,12 @@ def prepare(config: Config) -> Callable[[], None]:
     from bertkd.study.jobs import Job, run_job
     from bertkd.study.models import label_config, load_model, load_tokenizer
     from bertkd.study.stages import stage_steps
+    from bertkd.training.run_record import encoder_checksum
     from bertkd.training.supervised import Supervised
 
     check_output_dir(config.output_dir, "finetune", reuse=bool(config.resume))
     recipe = _recipe(config)
+    config.check_machine(recipe.stages)
     tokenizer = load_tokenizer(config.model, "model")
     workload = config.workload(task_of(config, recipe), tokenizer, recipe.max_length)
     if workload.task is None:
@@ -57,6 +59,8 @@ def prepare(config: Config) -> Callable[[], None]:
         stage = dataclasses.replace(stage, metric=workload.metric)
     labels = label_config(workload.task)
     model = load_model(config.model, "model", "labels", seed=recipe.seed, **labels)
+    # Not its name: a folder may be moved, or hold another model by now.
+    settings = {"model": f"weights {encoder_checksum(model):08x}"}
     if config.torch_compile:
         compile_in_place(model)
     job = Job(
@@ -68,6 +72,7 @@ def prepare(config: Config) -> Callable[[], None]:
         build=lambda _: Supervised(model),
         workload=workload,
         output_dir=Path(config.output_dir),
+        settings=settings,
         seed=recipe.seed,
         resume=config.resume,
         log_with=config.trackers(),

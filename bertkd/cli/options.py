@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from bertkd.study.workload import Workload
-    from bertkd.training.recipe import Recipe
+    from bertkd.training.recipe import Recipe, Stage
 
 
 @dataclass(kw_only=True)
@@ -104,6 +105,20 @@ class RunOptions:
     def trackers(self) -> str | None:
         """``log_with`` as ``train`` takes it."""
         return None if self.log_with == "none" else self.log_with
+
+    def check_machine(self, stages: Iterable[Stage]) -> None:
+        """Refuse trackers and precisions that could not be had here, before anything is loaded.
+
+        Raises:
+            ValueError: an unknown tracker or one that is not installed, or fp16 without a GPU.
+        """
+        from bertkd.training.machine import check_machine
+
+        for stage in stages:
+            try:
+                check_machine(stage.precision, self.trackers())
+            except ImportError as error:  # of the user's choice, so not a broken installation
+                raise ValueError(str(error)) from error
 
 
 def overridden(recipe: Recipe, stage: StageOptions, run: RunOptions) -> Recipe:

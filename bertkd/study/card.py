@@ -40,6 +40,16 @@ logits = model(**tokenizer("a text", return_tensors="pt")).logits
 ```"""
 
 
+# What is said of a task head that no stage trains, by where it comes from.
+_REMEDY = "To train it, add kd or ce to the objective, or a stage with one of them."
+UNTRAINED = {
+    "new": "No stage trains the task head, which is new: what it puts out means nothing and is not scored. "
+    + _REMEDY,
+    "copied": "No stage trains the task head: the scores are those of the copy that the student started with. "
+    + _REMEDY,
+}
+
+
 @dataclass(frozen=True)
 class CardFacts:
     """Everything a card says; nothing in it is made up by the card.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MARKER = "bertkd_run.json"
+_TRIAL = ".bertkd-trial-"
 
 
 def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> Path:
-    """Refuse a directory that must not be written to; touches nothing.
+    """Refuse a directory that cannot or must not be written to; leaves nothing behind.
 
     Args:
         path: where the run wants to write.
@@ -20,21 +22,25 @@ def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
         reuse: whether the directory of an earlier run of the same command may be written to.
 
     Raises:
-        ValueError: it is a file, cannot be created, holds something that bertkd did not make, was
-            made by another command, or holds an earlier run while ``reuse`` is false.
+        ValueError: it is a file, cannot be created or written to, holds something that bertkd did not
+            make, was made by another command, or holds more of an earlier run than its marker while
+            ``reuse`` is false.
     """
     path = Path(path)
     if not path.exists():
         above = next(parent for parent in path.absolute().parents if parent.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            reason = "cannot be written to" if above.is_dir() else "is a file"
+        if reason := _why_not_writable(above):
             raise ValueError(
                 f"output_dir {str(path)!r} cannot be created: {str(above)!r} {reason}; name another place."
             )
         return path
     if not path.is_dir():
         raise ValueError(f"output_dir {str(path)!r} is a file; name a directory.")
-    if not any(path.iterdir()):
+    if reason := _why_not_writable(path):
+        raise ValueError(f"output_dir {str(path)!r} {reason}; name another place.")
+    # Other processes of the run may be looking at the same folder.
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(_TRIAL)}
+    if not names:
         return path
     maker = _maker(path)
     if maker is None:
@@ -47,7 +53,8 @@ def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
             f"output_dir {str(path)!r} holds a run of `bertkd {maker}`, not of `bertkd {command}`; "
             "name another directory."
         )
-    if not reuse:
+    # A run that failed before its first stage leaves nothing but its marker.
+    if not reuse and names != {MARKER}:
         raise ValueError(
             f"output_dir {str(path)!r} holds an earlier run; pass --resume to go on with it, "
             "or name another directory."
@@ -91,6 +98,17 @@ def write_through(path: str | Path, write: Callable[[Path], Any]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """Why nothing can be made in ``folder``; found by trying, as root may write where nobody can (/proc)."""
+    if not folder.is_dir():
+        return "is a file"
+    try:
+        tempfile.TemporaryDirectory(prefix=_TRIAL, dir=folder).cleanup()
+    except OSError as error:
+        return f"cannot be written to ({error.strerror})"
+    return None
 
 
 def _maker(path: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import PartialState
 from torch import nn
@@ -15,6 +15,7 @@ from bertkd.study.card import (
     CLASSIFIER_USAGE,
     ENCODER_USAGE,
     SENTENCE_USAGE,
+    UNTRAINED,
     CardFacts,
     duration,
     model_card,
@@ -47,6 +48,9 @@ class Job:
         output_dir: gets ``model/``, ``results.json``, plots and the stages' folders.
         teacher: to be scored beside the student; ``None`` for fine-tuning.
         facts: further lines for the card's recipe, e.g. which blocks the student is made of.
+        settings: what must be the same when the run is resumed, as ``train`` takes it.
+        untrained_head: ``"new"`` or ``"copied"``, a key of ``UNTRAINED``, where no stage trains the head that
+            the workload asks for: the outputs of a new one are not scored.
         seed: of the order of the data and dropout.
         resume: as ``train`` takes it.
         log_with: trackers, as ``train`` takes them.
@@ -62,6 +66,8 @@ class Job:
     output_dir: Path
     teacher: nn.Module | None = None
     facts: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
+    untrained_head: Literal["new", "copied"] | None = None
     seed: int = 0
     resume: bool | str = False
     log_with: str | None = "tensorboard"
@@ -91,9 +97,11 @@ def run_job(job: Job) -> Path:
         resume=job.resume,
         seed=job.seed,
         log_with=job.log_with,
+        settings=job.settings,
         teacher_score=scores.get("teacher", {}).get("validation", {}).get(workload.metric),
     )
-    scores["student" if job.teacher is not None else "model"] = judge_all(job.student, workload)
+    role = "student" if job.teacher is not None else "model"
+    scores[role] = {} if job.untrained_head == "new" else judge_all(job.student, workload)
     path = job.output_dir / "model"
     if state.is_main_process:
         _write(job, results, scores, path)
@@ -102,13 +110,13 @@ def run_job(job: Job) -> Path:
 
 
 def score_table(scores: Mapping[str, Scores]) -> Table:
-    """One row per model, one column per split and score."""
+    """One row per model, one column per split and score; "-" where a model has none."""
     columns = list(
         dict.fromkeys((split, name) for s in scores.values() for split in s for name in s[split])
     )
     table = Table(["model", *(f"{split} {name}" for split, name in columns)])
     for model, by_split in scores.items():
-        cells = [by_split[split].get(name) for split, name in columns]
+        cells = [by_split.get(split, {}).get(name) for split, name in columns]
         table.add(model, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
     return table
 
@@ -146,11 +154,14 @@ def _write(job: Job, results: list[TrainResult], scores: Mapping[str, Scores], p
         )
     if table.rows and len(table.header) > 1:
         print(table.text())
+    if job.untrained_head is not None:
+        print(UNTRAINED[job.untrained_head])
     print(f"model: {path}")
 
 
 def _card(job: Job, scores: Mapping[str, Scores], table: Table, seconds: float, path: Path) -> str:
-    head, distilled = job.workload.head, job.teacher is not None
+    head = None if job.untrained_head == "new" else job.workload.head
+    distilled = job.teacher is not None
     own = scores["student" if distilled else "model"]
     split = "test" if "test" in own else next(iter(own), None)
     usages = {"labels": CLASSIFIER_USAGE, "mlm": ENCODER_USAGE}
@@ -173,6 +184,7 @@ def _card(job: Job, scores: Mapping[str, Scores], table: Table, seconds: float, 
             cost={"training time": duration(seconds), "device": str(PartialState().device)},
             usage=usage,
             base_model=hub_name,
+            limits=[UNTRAINED[job.untrained_head]] if job.untrained_head is not None else [],
             **teacher_facts(job.source),
         )
     )

@@ -193,7 +193,7 @@ def find(output_dir: Path, resume: bool | str | Path) -> Path | None:
         except CheckpointError as error:
             if resume is True:
                 raise CheckpointError(
-                    f"{error}. Pass resume='last-good' to fall back to an older checkpoint"
+                    f"{error}. Give resume the value 'last-good' to fall back to an older checkpoint"
                 ) from error
             logger.warning("skipping a damaged checkpoint: %s", error)
         else:

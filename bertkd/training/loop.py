@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ def train(
     seed: int = 0,
     log_with: str | list[str] | None = "tensorboard",
     teacher_score: float | None = None,
+    settings: Mapping[str, Any] | None = None,
     num_workers: int = 0,
     progress: bool = True,
 ) -> TrainResult:
@@ -94,6 +96,8 @@ def train(
         seed: of the order of the data and of dropout.
         log_with: trackers of Accelerate's by name, or None; not for a given ``accelerator``.
         teacher_score: the teacher's ``stage.metric``; a student that passes it gets a warning.
+        settings: what else the run depends on, as JSON values by name, e.g. how the student was made; a
+            checkpoint of a run that stated other ones is refused.
         num_workers: processes that fetch and collate batches; the result does not depend on it.
         progress: show a progress bar.
 
@@ -134,7 +138,7 @@ def train(
     trained = [p for group in adamw.param_groups for p in group["params"]]
     meter = Meter(accelerator, min(stage.log_every, due.total))
 
-    run = describe_run(module, stage, seed, train_data, lengths, accelerator)
+    run = describe_run(module, stage, seed, train_data, lengths, accelerator, settings)
     state = TrainState()
     found = checkpoint.find(output_dir, resume)
     if found is not None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 from torch import Tensor, nn
@@ -56,6 +56,17 @@ def make_accelerator(
     return accelerator
 
 
+def check_machine(precision: str, log_with: str | Sequence[str] | None = None) -> None:
+    """Refuse what :func:`make_accelerator` would refuse of its arguments; makes and writes nothing.
+
+    Raises:
+        ValueError, ImportError: as ``make_accelerator``.
+    """
+    _check_precision(precision, PartialState().device.type)
+    for name in _names(log_with):
+        _is_installed(name)
+
+
 def check_accelerator(accelerator: Accelerator, precision: str) -> None:
     """Refuse an Accelerator that cannot do what the stage asks for.
 
@@ -74,8 +85,7 @@ def check_accelerator(accelerator: Accelerator, precision: str) -> None:
             f"the stage's precision is {precision!r} but the accelerator was made with "
             f"mixed_precision={accelerator.mixed_precision!r}; make them agree"
         )
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("precision='fp16' needs a GPU; use 'bf16' or 'fp32' on a CPU")
+    _check_precision(precision, accelerator.device.type)
     if accelerator.distributed_type.name not in _SUPPORTED:
         raise ValueError(
             f"training runs in one process or with DDP, not with {accelerator.distributed_type.name}"
@@ -149,23 +159,34 @@ class LossOnly(nn.Module):
         return output.loss, values | {"loss": output.loss.detach()}
 
 
+def _check_precision(precision: str, device: str) -> None:
+    if precision == "fp16" and device == "cpu":
+        raise ValueError("precision='fp16' needs a GPU; use 'bf16' or 'fp32' on a CPU")
+
+
 def _installed(log_with: str | Sequence[str] | None) -> list[Any]:
-    names = [log_with] if isinstance(log_with, str) else list(log_with or [])
-    kept: list[Any] = []
-    for name in names:
-        if not isinstance(name, str) or _find(name):
-            kept.append(name)
-        elif name == "tensorboard":
-            logger.warning("tensorboard is not installed; the history goes to history.jsonl only")
-        else:
-            raise ImportError(f"log_with={name!r}: the package {name!r} is not installed")
+    kept = [name for name in _names(log_with) if _is_installed(name)]
+    if len(kept) < len(_names(log_with)):
+        logger.warning("tensorboard is not installed; the history goes to history.jsonl only")
     return kept
 
 
-def _find(tracker: str) -> bool:
-    if tracker == "all":  # of those that are installed
+def _names(log_with: str | Sequence[str] | None) -> list[Any]:
+    return [log_with] if isinstance(log_with, str) else list(log_with or [])
+
+
+def _is_installed(tracker: Any) -> bool:
+    """Whether a tracker can be used; TensorBoard alone may be missing. One made by the caller can."""
+    if not isinstance(tracker, str) or tracker == "all":  # of those that are installed
         return True
     if tracker not in LoggerType.list():
         raise unknown_name("tracker", tracker, LoggerType.list())
     packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
-    return any(importlib.util.find_spec(package) is not None for package in packages)
+    if any(importlib.util.find_spec(package) is not None for package in packages):
+        return True
+    if tracker == "tensorboard":
+        return False
+    raise ImportError(
+        f"log_with={tracker!r}: the package {tracker!r} is not installed; install it, or name another "
+        "tracker"
+    )

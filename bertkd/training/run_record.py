@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import platform
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from bertkd.errors import CheckpointError
 from bertkd.training.recipe import Stage
@@ -29,10 +30,15 @@ def describe_run(
     data: Any,
     lengths: Sequence[int],
     accelerator: Accelerator,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The run as plain values: its settings, its data and teacher by checksum, and what it runs on."""
+    """The run as plain values: its settings, its data and teacher by checksum, and what it runs on.
+
+    ``settings`` are what the caller states besides, as ``train`` takes them.
+    """
+    teacher = getattr(module, "teacher", None)
     checksum = zlib.crc32(np.asarray(lengths, dtype=np.int64).tobytes())
-    return {
+    run = {
         "module": type(module).__name__,
         "stage": stage.to_dict(),
         "seed": seed,
@@ -42,26 +48,32 @@ def describe_run(
             "checksum_of_lengths": checksum,
             "checksum_of_a_sample": _checksum_of_sample(data),
         },
-        "teacher": _checksum(getattr(module, "teacher", None)),
+        # It is in no checkpoint, but the run depends on it.
+        "teacher": _checksum(teacher.parameters()) if isinstance(teacher, nn.Module) else None,
         "environment": {
             "device": accelerator.device.type,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
     }
+    if settings is not None:
+        run["settings"] = json.loads(json.dumps(settings))  # as it will be read again
+    return run
 
 
 def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Check that a checkpoint was made by the run that wants to go on from it.
 
     Settings that leave the sequence of updates alone (how often to save, evaluate or log) may
-    differ. Another device or version of a library is warned of: the results may differ in bits.
+    differ, and what only one of the two states is passed over: earlier versions stated less. Another
+    device or version of a library is warned of: the results may differ in bits.
 
     Raises:
         CheckpointError: naming ``path`` and listing what differs.
     """
     free = {f.name for f in dataclasses.fields(Stage) if f.metadata.get("resume") == "free"}
-    then, now = _flat(saved, free), _flat(present, free)
+    stated = [key for key in present if key in saved]
+    then, now = (_flat({key: run[key] for key in stated}, free) for run in (saved, present))
     keys = [key for key in now | then if then.get(key) != now.get(key)]
     soft = [key for key in keys if key.startswith("environment.")]
     hard = [key for key in keys if key not in soft]
@@ -81,6 +93,16 @@ def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str,
         )
 
 
+def encoder_checksum(model: Any) -> int:
+    """CRC-32 of an encoder's weights as loaded; pooler and head may be new, and so another machine's.
+
+    Args:
+        model: a Hugging Face model, with or without a head.
+    """
+    named = model.base_model.named_parameters()
+    return _checksum(weight for name, weight in named if "pooler" not in name)
+
+
 def _checksum_of_sample(data: Any, size: int = 64) -> int:
     """CRC-32 of tokens and labels of some examples; other data may have the same lengths."""
     checksum = 0
@@ -94,13 +116,10 @@ def _checksum_of_sample(data: Any, size: int = 64) -> int:
     return checksum
 
 
-def _checksum(teacher: Any) -> int | None:
-    """CRC-32 of the teacher's weights: it is in no checkpoint, but the run depends on it."""
-    if not isinstance(teacher, nn.Module):
-        return None
+def _checksum(weights: Iterable[Tensor]) -> int:
     checksum = 0
-    for parameter in teacher.parameters():
-        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    for weight in weights:
+        raw = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         checksum = zlib.crc32(raw.numpy().data, checksum)
     return checksum
 

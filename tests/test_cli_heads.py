@@ -1,0 +1,114 @@
+"""Task heads of students that `bertkd distill` makes: trained by default, never scored untrained."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny_task import review_rows, save_reviews, save_tiny_model
+from transformers import AutoModelForSequenceClassification
+
+from bertkd.cli.main import main
+
+FAST = ["--log_with", "none", "--max_length", "16", "--batch_size", "16"]
+FAST += ["--eval_every", "1000", "--save_every", "1000"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A task and a teacher with a head for it, which need not know anything."""
+    root = tmp_path_factory.mktemp("cli")
+    names = {0: "bad", 1: "good"}
+    teacher = save_tiny_model(root / "teacher", head_cls="sequence", num_labels=2, id2label=names)
+    return {"task": save_reviews(root / "reviews"), "teacher": teacher}
+
+
+def distill(place, folder, *words):
+    fixed = ["--teacher", place["teacher"], "--output_dir", str(folder)]
+    layers = [] if "--student" in words else ["--layers", "uniform:2"]
+    return main(["distill", *fixed, *layers, *FAST, *words])
+
+
+def heads_of(place, folder, *words):
+    """A short run without a recipe: the printed text, the results and the card."""
+    assert distill(place, folder, "--task", place["task"], "--steps", "2", *words) == 0
+    results = json.loads((folder / "results.json").read_text())
+    return results, (folder / "model" / "README.md").read_text()
+
+
+def test_the_default_objective_trains_the_task_head_where_there_is_one(place, tmp_path, capsys):
+    results, card = heads_of(place, tmp_path / "task")
+    assert results["stages"][0]["objective"] == "att_kl + hid_seq + kd"
+    assert results["stages"][0]["metric"] == "accuracy"
+    assert "accuracy" in results["scores"]["student"]["test"]
+    assert "task head" not in card + capsys.readouterr().out
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n".join(row["text"] for row in review_rows(60, seed=5)))
+    words = ["--text", str(text), "--steps", "2"]
+    assert distill(place, tmp_path / "text", *words) == 0
+    results = json.loads((tmp_path / "text" / "results.json").read_text())
+    assert results["stages"][0]["objective"] == "att_kl + hid_seq"
+    masked = save_tiny_model(tmp_path / "masked", head_cls="mlm")
+    words += ["--masked", "--teacher", masked]
+    assert distill(place, tmp_path / "words", *words) == 0
+    results = json.loads((tmp_path / "words" / "results.json").read_text())
+    assert results["stages"][0]["objective"] == "att_kl + hid_seq + kd"
+
+
+def test_a_new_head_that_nothing_trains_is_said_and_not_scored(place, tmp_path, capsys):
+    results, card = heads_of(place, tmp_path / "out", "--objective", "att_kl")
+    plan, _, end = capsys.readouterr().out.partition("validation accuracy")
+    for text in (plan, end, card):
+        assert "No stage trains the task head, which is new" in text
+    assert results["scores"]["student"] == {}
+    assert "accuracy" in results["scores"]["teacher"]["test"]
+    front = ModelCard.load(tmp_path / "out" / "model" / "README.md").data
+    assert not front.eval_results
+    assert front.pipeline_tag == "feature-extraction"
+    assert "AutoModelForSequenceClassification" not in card
+    assert re.search(r"\| student +\| +-", card)
+
+
+def test_a_copied_head_that_nothing_trains_is_said_and_scored(place, tmp_path, capsys):
+    results, card = heads_of(place, tmp_path / "out", "--objective", "hid_seq", "--copy_head")
+    for text in (capsys.readouterr().out, card):
+        assert "No stage trains the task head: the scores are those of the copy" in text
+    assert "accuracy" in results["scores"]["student"]["test"]
+
+
+@pytest.mark.parametrize("head", ["saved", "new"])
+def test_a_student_of_ones_own_and_its_head(place, tmp_path, head):
+    names = {0: "bad", 1: "good"}
+    options = (
+        {"head_cls": "sequence", "num_labels": 2, "id2label": names} if head == "saved" else {}
+    )
+    student = save_tiny_model(tmp_path / "student", layers=2, **options)
+    words = ["--student", student, "--task", place["task"], "--steps", "1"]
+    assert distill(place, tmp_path / "out", *words, "--objective", "att_kl") == 0
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]
+    assert bool(scores["student"]) == (head == "saved")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.id2label == names
+
+
+def test_a_student_for_other_labels_is_refused_before_it_is_trained(place, tmp_path, capsys):
+    student = save_tiny_model(tmp_path / "student", layers=2, head_cls="sequence", num_labels=3)
+    words = ["--student", student, "--task", place["task"]]
+    assert distill(place, tmp_path / "out", *words) == 2
+    assert "the student predicts 3 labels" in capsys.readouterr().err
+
+
+def test_a_stage_is_not_judged_by_a_head_that_nothing_has_trained(place, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"task: {place['task']}\nmax_length: 16\nstages:\n"
+        "- {name: inner, objective: att_kl, steps: 2, metric: accuracy}\n"
+        "- {name: outer, objective: kd, steps: 2}\n"
+    )
+    words = ["--recipe", str(recipe), "--dry_run"]
+    assert distill(place, tmp_path / "out", *words) == 2
+    text = capsys.readouterr().err
+    assert "stage 'inner' is to be judged by accuracy, but 'att_kl' does not train" in text
+    assert distill(place, tmp_path / "out", *words, "--copy_head") == 0

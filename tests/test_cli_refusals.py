@@ -1,0 +1,122 @@
+"""What `bertkd distill` and `finetune` refuse: before anything is loaded, and when they go on with a run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from accelerate.state import AcceleratorState
+from tiny_task import save_reviews, save_tiny_model
+
+from bertkd.cli.main import main
+from bertkd.training import checkpoint
+
+FAST = ["--log_with", "none", "--max_length", "16", "--batch_size", "16"]
+FAST += ["--eval_every", "1000", "--save_every", "1000"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A task and a teacher with a head for it, which need not know anything."""
+    root = tmp_path_factory.mktemp("cli")
+    names = {0: "bad", 1: "good"}
+    teacher = save_tiny_model(root / "teacher", head_cls="sequence", num_labels=2, id2label=names)
+    return {"task": save_reviews(root / "reviews"), "teacher": teacher}
+
+
+def distill(place, folder, *words):
+    fixed = ["--teacher", place["teacher"], "--output_dir", str(folder)]
+    layers = [] if "--student" in words else ["--layers", "uniform:2"]
+    return main(["distill", *fixed, *layers, *FAST, *words])
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--log_with", "tensorbord"], "unknown tracker 'tensorbord'. Did you mean 'tensorboard'?"),
+        (["--log_with", "comet_ml"], "log_with='comet_ml': the package 'comet_ml' is not inst"),
+        (["--precision", "fp16"], "precision='fp16' needs a GPU"),
+        (["--output_dir", "/proc/none"], "output_dir '/proc/none' cannot be created: '/proc'"),
+    ],
+)
+def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
+    command, words, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    out = tmp_path / "out"
+    given = ["--model" if command == "finetune" else "--teacher", "./never-loaded"]
+    given += ["--task", "never-loaded", "--output_dir", str(out)]
+    assert main([command, *given, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_options_that_leave_no_use_for_another_are_refused_together(tmp_path, capsys):
+    given = ["--teacher", "./never-loaded", "--output_dir", str(tmp_path / "out")]
+    other = {"--layers": "first:2", "--hidden_size": "16", "--copy_head": "true"}
+    columns = ("text_column", "pair_column", "label_column", "validation_path", "test_path")
+    for name, value in other.items():
+        assert main(["distill", *given, "--student", "mine", name, value]) == 2
+        text = capsys.readouterr().err
+        assert f"{name[2:]}=" in text
+        assert "student='mine' leaves no use for it" in text
+    for name in (*columns, "glue_dir"):
+        assert main(["distill", *given, "--text", "a.txt", f"--{name}", "x"]) == 2
+        assert f"{name}='x' is for labelled tasks, and text='a.txt'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--layers", "first:2"], "settings.layers was [1, 3], now [0, 1]"),
+        (["--hidden_size", "16"], "settings.hidden_size was 32, now 16"),
+        (["--copy_head"], "settings.copy_head was False, now True"),
+        (["--teacher_precision", "bf16"], "settings.teacher_precision was 'fp32', now 'bf16'"),
+        (["--student"], "settings.student was None, now 'weights "),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_student(
+    place, begun, tmp_path, changed, message, capsys
+):
+    words = ["--task", place["task"], "--steps", "2", "--resume"]
+    if changed == ["--student"]:
+        changed = ["--student", save_tiny_model(tmp_path / "student", layers=2)]
+    assert distill(place, begun, *words, *changed) == 1
+    text = capsys.readouterr().err
+    assert "was made by another run: " in text
+    assert message in text
+
+
+@pytest.fixture(scope="module")
+def begun(place, tmp_path_factory):
+    """A run of two updates on the teacher's blocks 1 and 3."""
+    folder = tmp_path_factory.mktemp("begun") / "out"
+    assert distill(place, folder, "--task", place["task"], "--steps", "2") == 0
+    return folder
+
+
+def test_the_same_student_in_other_words_is_resumed_and_so_are_older_runs(place, begun, tmp_path):
+    words = ["--task", place["task"], "--steps", "2", "--resume"]
+    assert distill(place, begun, *words, "--layers", "[1,3]", "--impl", "chunked") == 0
+    # Checkpoints of versions before do not say how the student was made.
+    older = shutil.copytree(begun, tmp_path / "older")
+    folder = older / "1-distil" / "checkpoint-2"
+    contents = checkpoint.read(folder)
+    assert contents.documents["run"].pop("settings")["layers"] == [1, 3]
+    shutil.rmtree(folder)
+    checkpoint.save(folder.parent, 2, contents)
+    assert distill(place, older, *words, "--layers", "first:2") == 0
+
+
+def test_fine_tuning_is_not_resumed_from_another_model(place, tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
+    words = ["--task", place["task"], "--output_dir", str(tmp_path / "out"), "--steps", "1", *FAST]
+    assert main(["finetune", "--model", model, *words]) == 0
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert main(["finetune", "--model", str(moved), *words, "--resume"]) == 0
+    other = save_tiny_model(tmp_path / "other", initializer_range=0.03)
+    assert main(["finetune", "--model", other, *words, "--resume"]) == 1
+    assert "settings.model was 'weights " in capsys.readouterr().err
