@@ -2,15 +2,13 @@ import json
 
 import pytest
 import torch
+from cli_runs import FAST, distill
 from tiny_models import tiny_model
 from tiny_task import review_rows, save_csv, save_reviews, save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bertkd.cli.main import main
 from bertkd.distiller import Distiller
-
-FAST = ["--log_with", "none", "--max_length", "16", "--batch_size", "16"]
-FAST += ["--eval_every", "1000", "--save_every", "1000"]
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +20,6 @@ def place(tmp_path_factory):
     words = ["--model", model, "--task", task, "--output_dir", str(root / "teacher")]
     assert main(["finetune", *words, "--steps", "50", "--lr", "3e-3", *FAST]) == 0
     return {"root": root, "task": task, "model": model, "teacher": str(root / "teacher" / "model")}
-
-
-def distill(place, folder, *words):
-    fixed = ["--teacher", place["teacher"], "--output_dir", str(folder), "--layers", "uniform:2"]
-    return main(["distill", *fixed, *FAST, *words])
 
 
 def test_finetuned_teacher_has_learnt_and_is_a_plain_checkpoint(place):

@@ -6,29 +6,15 @@ import json
 import re
 
 import pytest
+from cli_runs import distill, save_place
 from huggingface_hub import ModelCard
-from tiny_task import review_rows, save_reviews, save_tiny_model
+from tiny_task import review_rows, save_tiny_model
 from transformers import AutoModelForSequenceClassification
-
-from bertkd.cli.main import main
-
-FAST = ["--log_with", "none", "--max_length", "16", "--batch_size", "16"]
-FAST += ["--eval_every", "1000", "--save_every", "1000"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A task and a teacher with a head for it, which need not know anything."""
-    root = tmp_path_factory.mktemp("cli")
-    names = {0: "bad", 1: "good"}
-    teacher = save_tiny_model(root / "teacher", head_cls="sequence", num_labels=2, id2label=names)
-    return {"task": save_reviews(root / "reviews"), "teacher": teacher}
-
-
-def distill(place, folder, *words):
-    fixed = ["--teacher", place["teacher"], "--output_dir", str(folder)]
-    layers = [] if "--student" in words else ["--layers", "uniform:2"]
-    return main(["distill", *fixed, *layers, *FAST, *words])
+    return save_place(tmp_path_factory.mktemp("cli"))
 
 
 def heads_of(place, folder, *words):

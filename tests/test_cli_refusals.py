@@ -6,28 +6,16 @@ import shutil
 
 import pytest
 from accelerate.state import AcceleratorState
-from tiny_task import save_reviews, save_tiny_model
+from cli_runs import FAST, distill, save_place
+from tiny_task import save_tiny_model
 
 from bertkd.cli.main import main
 from bertkd.training import checkpoint
 
-FAST = ["--log_with", "none", "--max_length", "16", "--batch_size", "16"]
-FAST += ["--eval_every", "1000", "--save_every", "1000"]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A task and a teacher with a head for it, which need not know anything."""
-    root = tmp_path_factory.mktemp("cli")
-    names = {0: "bad", 1: "good"}
-    teacher = save_tiny_model(root / "teacher", head_cls="sequence", num_labels=2, id2label=names)
-    return {"task": save_reviews(root / "reviews"), "teacher": teacher}
-
-
-def distill(place, folder, *words):
-    fixed = ["--teacher", place["teacher"], "--output_dir", str(folder)]
-    layers = [] if "--student" in words else ["--layers", "uniform:2"]
-    return main(["distill", *fixed, *layers, *FAST, *words])
+    return save_place(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.mark.parametrize("command", ["finetune", "distill"])
