@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import qkv, ragged_mask, value_and_grads
+from cuda_graphs import captured
 from oracle import relative
 
 import bertkd
@@ -115,20 +116,13 @@ def test_captured_in_a_graph_and_replayed_on_new_data(name, length):
     def run():
         return value_and_grads(ATTENTION[name], student, *teacher, mask, impl="triton")
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, results = captured(run)
     for x in (*student, *teacher):
         x.copy_(torch.randn_like(x))
     mask.copy_(ragged_mask(2, length, seed=9))
     graph.replay()
     torch.cuda.synchronize()
-    for got, want in zip(captured, run(), strict=True):
+    for got, want in zip(results, run(), strict=True):
         assert torch.equal(got, want)
 
 
@@ -138,17 +132,10 @@ def test_linear_kl_is_captured_after_a_warm_up_on_fewer_rows():
     case = verify.random_case("linear_kl", [torch.bfloat16] * 4, sizes, "cuda")
     function = implementation("triton").linear_kl_fwd_bwd
     want = function(*case)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function(*case)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = function(*case)
+    graph, results = captured(lambda: function(*case))
     graph.replay()
     torch.cuda.synchronize()
-    for got, same in zip(verify._flat(captured), verify._flat(want), strict=True):
+    for got, same in zip(verify._flat(results), verify._flat(want), strict=True):
         assert relative(got, same) < 1e-2
 
 

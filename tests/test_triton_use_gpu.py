@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import ragged_mask, value_and_grads
+from cuda_graphs import captured
 from oracle import relative
 
 from bertkd import functional
@@ -43,18 +44,11 @@ def equal(found, wanted):
 def test_captured_in_a_graph_and_replayed_on_new_data(op):
     function, case, other = launcher(op), case_of(op), case_of(op, seed=1)
     want = function(*other)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function(*case)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = function(*case)
+    graph, results = captured(lambda: function(*case))
     refill(case, other)
     graph.replay()
     torch.cuda.synchronize()
-    assert equal(captured, want)
+    assert equal(results, want)
 
 
 @pytest.mark.parametrize("op", NO_WAITING)
