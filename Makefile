@@ -32,14 +32,14 @@ bench-compare: $(VENV)/.dev  ## this tree against the commit BASE, case by case;
 kernels-report: $(VENV)/.dev  ## registers, spills, shared memory and instructions of every Triton kernel; needs no GPU
 	$(BIN)/python benchmarks/kernels_report --jobs 2
 
-# On a GPU machine that already has torch, triton, transformers and pytest; needs no network. LIMIT minutes in all: the tests
-# get half of them at most, the benchmark what is left. What fails does not cost what comes after it: a case is verified
-# before it is timed.
+# On a GPU machine that already has torch, triton, transformers and pytest; needs no network. LIMIT minutes in all: the
+# build gets half of them at most, the tests half of the rest, the benchmark what is left. What fails does not cost what
+# comes after it: a case is verified before it is timed.
 LIMIT ?= 10
 gpu:
 	started=$$(date +%s); failed=0; \
-	$(MAKE) gpu-build || failed=1; \
-	timeout $$(( $(LIMIT) * 30 )) $(MAKE) gpu-test || failed=1; \
+	timeout $$(( $(LIMIT) * 30 )) $(MAKE) gpu-build || failed=1; \
+	timeout $$(( ($(LIMIT) * 60 - $$(date +%s) + $$started) / 2 )) $(MAKE) gpu-test || failed=1; \
 	left=$$(( $(LIMIT) * 60 - 45 - ($$(date +%s) - $$started) )); \
 	$(MAKE) gpu-bench MINUTES=$$($(PYTHON) -c "print(max($$left, 30) / 60)") && exit $$failed
 

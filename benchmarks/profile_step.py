@@ -33,16 +33,16 @@ def parts_of(trainer: Trainer) -> dict[str, Callable[[], object]]:
     distiller, batch = trainer.distiller, trainer.batches[0]
     assert distiller is not None
     needs = distiller.objective.needs()
-    inputs, _ = distiller._inputs(batch)
+    inputs, has_pads = distiller._inputs(batch)
 
     def teacher() -> None:
         with trainer.precision():
-            distiller._record_teacher(inputs, needs)
+            distiller._record_teacher(inputs, needs, has_pads)
 
     def student() -> None:
         wanted = needs.student_blocks, needs.student_states, needs.student_logits
         with trainer.precision():
-            distiller._record(distiller.student, inputs, *wanted)
+            distiller._record(distiller.student, inputs, *wanted, has_pads=has_pads)
 
     return {
         "teacher forward": teacher,

@@ -20,11 +20,27 @@ def compile_in_place(*models: nn.Module, **options: Any) -> None:
         models: any modules.
         options: as ``torch.compile`` takes them, e.g. ``dynamic``, ``mode``, ``backend``.
     """
-    import torch._dynamo  # takes a second, and few compile
-
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     for model in models:
         inner = unwrap(model)
         if not hasattr(model, "_orig_mod") and inner._compiled_call_impl is None:
             inner.compile(**options)
+    allow_graphs(*models)
+
+
+def allow_graphs(*models: nn.Module) -> None:
+    """Let PyTorch keep a graph for every way in which these models run, where one of them is compiled."""
+    if any(map(is_compiled, models)):
+        import torch._dynamo  # takes a second, and few compile
+
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs ``model``, or the encoder inside it, as a whole."""
+    inner: Any = unwrap(model)
+    encoder = getattr(inner, getattr(inner, "base_model_prefix", ""), inner)
+    wrappers = (model, getattr(model, "module", model), encoder)
+    return any(hasattr(x, "_orig_mod") for x in wrappers) or any(
+        x._compiled_call_impl is not None for x in (inner, unwrap(encoder))
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bertkd import cpu_attention
 from bertkd._blame import blame
 from bertkd.capture import Capture, Recording
-from bertkd.compiling import compile_in_place
+from bertkd.compiling import allow_graphs, compile_in_place
 from bertkd.encoders import unwrap
 from bertkd.errors import NonFiniteError, unknown_name
 from bertkd.layer_maps import MapSpec
@@ -153,6 +153,8 @@ class Distiller(nn.Module):
         self.objective.redraw()
         needs = self.objective.needs()
         check_batch(batch, needs, self.objective, self.student, self.teacher)
+        if not torch.compiler.is_compiling():
+            allow_graphs(self.teacher, self.student)
         inputs, has_pads = self._inputs(batch)
         teacher = self._record_teacher(inputs, needs, has_pads)
         student = self._record(
@@ -251,8 +253,8 @@ class Distiller(nn.Module):
 
         Not the forward around the networks, as ``nn.Module.compile`` would: it sets and takes off hooks. The first
         steps take longer, by about a minute: there is a graph for batches with pads and one for others, and another
-        once lengths differ. A compiled network always runs to its end. Results are the same up to rounding, and so
-        are those of a run that was interrupted and went on.
+        once lengths differ. A compiled network always runs to its end. Without dropout results are the same up to
+        rounding, with it other units are dropped; a run that was interrupted goes on the same up to rounding.
 
         Args:
             options: as ``torch.compile`` takes them, e.g. ``dynamic=True``.

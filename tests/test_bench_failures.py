@@ -215,6 +215,52 @@ def test_a_step_out_of_memory_in_a_round_costs_the_others_nothing(monkeypatch):
     assert ("chunked", "time", "ok") not in found
 
 
+def test_a_gpu_lost_in_the_rounds_is_the_fault_of_one(monkeypatch):
+    """Everybody after it fails too, and keeps what was measured of it before."""
+    calls, gone = [], []
+
+    def run(self):
+        calls.append(self.impl)
+        if gone or (self.impl == "chunked" and calls.count("chunked") == 3):
+            gone.append(self.impl)
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    def lost(device):
+        if gone:
+            raise DeviceLost("gone")
+
+    monkeypatch.setattr(step_runs.Trainer, "__call__", run)
+    monkeypatch.setattr(timing, "check_device", lost)
+    impls = ("eager", "chunked", "native")
+    settings = op_cases.Settings(CPU, Selection({"impl": impls}), (), 3, 0.1, weigh=False)
+    rows = list(runner.measured(step_case("tiny", 2, 12), settings))
+    assert [(row.impl, row.status) for row in rows] == [("chunked", "error"), ("*", "error")]
+
+    def replayed(makers, **options):
+        options["on_failure"]("chunked", RuntimeError("CUDA error: an illegal memory access"))
+
+    monkeypatch.setattr(op_cases, "interleaved", replayed)
+    settings = op_cases.Settings(CPU, Selection(), ("eager", "chunked"), 3, 0.1, weigh=False)
+    rows = list(runner.measured(SMALL, settings))
+    assert [(row.impl, row.status) for row in rows] == [("chunked", "error"), ("*", "error")]
+
+
+def test_largest_batches_are_searched_for_where_steps_are_wanted(monkeypatch):
+    monkeypatch.setattr(step_fill, "is_filled", lambda case, device: True)
+    case = step_case("tiny", 2, 12)
+    for mode, count in (("step", 2), ("fwd", 1)):
+        settings = op_cases.Settings(CPU, Selection({"mode": (mode,)}), ())
+        assert len(runner._tasks([case], settings, [], runner.measured)) == count
+
+
+def test_a_sweep_that_was_left_out_is_not_measured_by_its_like(tmp_path):
+    case = step_case("tiny", 2, 12)
+    names = [runner._task_name(replace(case, kind=kind)) for kind in ("step", "scaling")]
+    (tmp_path / "environment.json").write_text(json.dumps({"left_out": names}))
+    row = Row(**case.columns, impl="eager", metric="time", p50=1.0)
+    assert runner._left_out_before(tmp_path, [], [row]) == names[1:]
+
+
 def test_what_was_left_out_is_remembered_until_it_is_measured(options, tmp_path, monkeypatch):
     def left_out():
         facts = json.loads((tmp_path / "r" / "environment.json").read_text())

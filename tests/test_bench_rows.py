@@ -81,6 +81,15 @@ def test_a_new_measurement_replaces_all_metrics_of_the_old_one():
     ]
 
 
+def test_a_new_time_leaves_the_largest_batch_until_it_is_searched_for_again():
+    largest = replace(MAIN, metric="largest_batch", p50=512.0)
+    assert merge([MAIN, largest], [MAIN]) == [largest, MAIN]
+    again = replace(largest, p50=600.0)
+    assert merge([MAIN, largest], [MAIN, again]) == [MAIN, again]
+    red = replace(MAIN, p50=None, status="red")
+    assert merge([MAIN, largest], [red]) == [red]
+
+
 def test_a_rival_that_is_not_installed_this_time_keeps_what_it_had():
     rival = replace(MAIN, impl="liger", p50=3.0)
     missing = replace(rival, p50=None, status="unavailable", note="not installed")

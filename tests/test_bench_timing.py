@@ -7,7 +7,7 @@ from bertkd.bench import roofline
 from bertkd.bench.cases import attention
 from bertkd.bench.ops import SPECS
 from bertkd.bench.roofline import Ceilings, bound
-from bertkd.bench.timing import input_sets, interleaved, replayed, told
+from bertkd.bench.timing import Failures, input_sets, interleaved, replayed, told
 
 CPU = torch.device("cpu")
 
@@ -42,10 +42,11 @@ def test_replays_visit_everybody_twice_and_live_one_at_a_time():
             return {"a": 1.0, "b": 2.0}[self.name]
 
     makers = {name: (lambda name=name: Replay(name)) for name in ("a", "big", "b")}
-    times, notes = replayed(makers, rounds=6, seconds=9.0)
-    assert times == {"a": [1.0] * 6, "big": [], "b": [2.0] * 6}
-    assert isinstance(notes.pop("big"), torch.OutOfMemoryError)
+    failures = Failures(CPU)
+    times, notes = replayed(makers, rounds=6, seconds=9.0, on_failure=failures)
+    assert times == {"a": [1.0] * 6, "b": [2.0] * 6}
     assert notes == {"a": "cuda graph", "b": "cuda graph"}
+    assert failures.found == {"big": {"status": "oom", "note": "out of memory"}}
     # Two replays to warm up and three that count, forwards and then backwards.
     assert "".join(order) == "a" * 5 + "b" * 10 + "a" * 5
 
@@ -64,9 +65,14 @@ def test_who_fails_in_a_second_visit_has_no_times_and_others_keep_theirs():
         def __call__(self):
             return 1.0
 
-    times, notes = replayed({n: (lambda n=n: Replay(n)) for n in "ab"}, rounds=6, seconds=9.0)
-    assert times == {"a": [1.0] * 6, "b": []}
-    assert told(notes["b"]) == {"status": "oom", "note": "out of memory"}
+    failures = Failures(CPU)
+    makers = {n: (lambda n=n: Replay(n)) for n in "ab"}
+    times, _ = replayed(makers, rounds=6, seconds=9.0, on_failure=failures)
+    assert times == {"a": [1.0] * 6}
+    assert failures.found == {"b": {"status": "oom", "note": "out of memory"}}
+    visits.clear()
+    with pytest.raises(RuntimeError, match="Triton Error"):
+        replayed(makers, rounds=6, seconds=9.0)
 
 
 def test_who_fails_in_a_round_is_told_and_the_others_go_on():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -33,6 +35,10 @@ def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
 ):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
+    if "comet_ml" in words and importlib.util.find_spec("comet_ml"):
+        pytest.skip("it is installed")
+    if "/proc/none" in words and not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
     out = tmp_path / "out"
     given = ["--model" if command == "finetune" else "--teacher", "./never-loaded"]
     given += ["--task", "never-loaded", "--output_dir", str(out)]

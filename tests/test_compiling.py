@@ -21,7 +21,7 @@ from bertkd.bench.step_cases import step_case
 from bertkd.bench.step_models import PAIRS
 from bertkd.capture import Capture
 from bertkd.cli.main import main
-from bertkd.compiling import compile_in_place
+from bertkd.compiling import compile_in_place, is_compiled
 from bertkd.distiller import Distiller
 
 
@@ -68,6 +68,39 @@ def test_more_ways_to_run_than_pytorch_keeps_graphs_for():
     for blocks, states in ways:
         Capture(model, blocks=blocks, states=states)(**batch)
     assert counter.frame_count == len(ways) > 8
+
+
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_networks_that_their_user_compiled_may_have_as_many_graphs():
+    teacher, student = models()
+    distiller = Distiller(teacher, student, BOTH, attention="keep")
+    padded = [tiny_batch(teacher, length=length) for length in (6, 8, 12)]
+    full = [batch | {"attention_mask": torch.ones_like(batch["input_ids"])} for batch in padded]
+    for model in (teacher, student):
+        model.compile(backend="eager", fullgraph=True)
+    # Beyond PyTorch's limit, which fullgraph makes an error.
+    for mode in (True, False):
+        distiller.train(mode)
+        for batch in (*padded, *full):
+            distiller(batch).loss.backward()
+            with torch.no_grad():
+                student(**batch)
+
+
+def test_compiled_is_seen_through_wrappers():
+    teacher, headed = models()[0], tiny_model("bert", head_cls="sequence")
+    assert not is_compiled(teacher)
+    assert is_compiled(torch.compile(teacher))
+    assert not is_compiled(headed)
+    assert is_compiled(torch.compile(headed))
+    headed.bert.compile()
+    assert is_compiled(headed)
+    other = tiny_model("bert", head_cls="sequence")
+    other.bert = torch.compile(other.bert)
+    assert is_compiled(other)
+    # As in DistributedDataParallel around a compiled model; this wrapper needs no process group.
+    assert is_compiled(nn.DataParallel(torch.compile(teacher)))
+    assert not is_compiled(nn.DataParallel(teacher))
 
 
 @pytest.fixture

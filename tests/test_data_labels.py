@@ -135,6 +135,10 @@ def test_such_a_word_is_a_class_beside_names_which_is_said():
         warnings.simplefilter("error")
         assert read(["favor", "NONE", "none"])[1] == ("NONE", "favor", "none")
         assert read(["None", "pos"], label_names=["None", "pos"])[0] == [0, 1]
+        # A split, or a file to be scored, may hold that class alone.
+        assert read(["None", "None"], label_names=["None", "pos"])[0] == [0, 0]
+    space = infer_labels(table(["None", "pos"]), "label", label_names=["None", "pos"])
+    assert space.encode(table(["None"]), "label").tolist() == [0]
 
 
 @pytest.mark.parametrize("number", [1, "1", 0.0])

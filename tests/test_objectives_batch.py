@@ -58,7 +58,7 @@ def checked(batch, objective="pool", teacher=None, student=None):
         (lambda x: x.bool(), TypeError, r"must be int64 or int32, got torch\.bool"),
         (lambda x: x.tolist(), TypeError, "must be a tensor, got list"),
         (lambda x: x[:, 1:], ValueError, r"the shape of input_ids, \(3, 12\), .* got \(3, 11\)"),
-        (lambda x: x[0], ValueError, r"or one row for all, got \(12,\)"),
+        (lambda x: x[None], ValueError, r"broadcasts to it, got \(1, 3, 12\)"),
         (lambda x: x - 1, ValueError, r"run from -1 to -1, but the student embeds 0\.\."),
         (lambda x: x + 512, ValueError, r"run from 512 to 512, but the student embeds 0\.\."),
     ],

@@ -37,13 +37,6 @@ def test_an_earlier_run_is_taken_only_when_asked_and_by_its_own_command(tmp_path
     claim_output_dir(tmp_path, "distill", reuse=True)
 
 
-def test_a_run_that_left_nothing_but_its_marker_is_no_earlier_run(tmp_path):
-    claim_output_dir(tmp_path, "distill")
-    claim_output_dir(tmp_path, "distill")
-    with pytest.raises(ValueError, match="bertkd distill"):
-        check_output_dir(tmp_path, "finetune")
-
-
 def test_a_folder_is_tried_without_a_trace_even_while_others_try_it(tmp_path):
     check_output_dir(tmp_path / "a" / "b", "distill")
     assert not any(tmp_path.iterdir())

@@ -18,7 +18,9 @@ from bertkd.bench.roofline import Ceilings, bound
 from bertkd.bench.selection import Selection
 from bertkd.bench.spec import Inputs, Loss
 from bertkd.bench.timing import (
+    Failures,
     GraphReplay,
+    OnFailure,
     check_device,
     input_sets,
     interleaved,
@@ -128,21 +130,13 @@ def _measure(
     settings: Settings,
 ) -> Iterator[Row]:
     runs = {impl: step(impl, case.op, losses[impl], mode) for impl in admitted}
-    seconds, notes = times_of(case, inputs, runs, settings)
+    failures = Failures(settings.device)
+    try:
+        seconds, notes = times_of(case, inputs, runs, settings, failures)
+    finally:
+        row = partial(Row, **case.columns, mode=mode, metric="time", unit="ms", **settings.stamp)
+        yield from (row(impl=impl, **found) for impl, found in failures.found.items())
     for impl, times in seconds.items():
-        note = notes.get(impl, "")
-        if isinstance(note, Exception):
-            yield Row(
-                **case.columns,
-                impl=impl,
-                mode=mode,
-                metric="time",
-                unit="ms",
-                **told(note),
-                **settings.stamp,
-            )
-            check_device(settings.device)
-            continue
         if not settings.selection.allows("impl", impl):
             continue
         common: dict[str, Any] = {
@@ -151,7 +145,7 @@ def _measure(
             "mode": mode,
             "rounds": len(times),
             "error": admitted[impl],
-            "note": note,
+            "note": notes.get(impl, ""),
             **settings.stamp,
         }
         milliseconds = spread([value * 1e3 for value in times])
@@ -175,11 +169,15 @@ def times_of(
     inputs: Inputs,
     runs: dict[str, Callable[[Inputs], list]],
     settings: Settings,
-) -> tuple[dict[str, list[float]], dict[str, str | Exception]]:
-    """Seconds of every round by contestant, and how they were taken; no round but the error where one failed."""
+    on_failure: OnFailure | None = None,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every round by contestant, and how they were taken; ``on_failure`` is as for `interleaved`."""
+    options: dict[str, Any] = {"rounds": settings.rounds, "seconds": settings.seconds}
+    options["on_failure"] = on_failure
     if settings.device.type != "cuda":
-        calls = {impl: partial(run, inputs) for impl, run in runs.items()}
-        return interleaved(calls, rounds=settings.rounds, seconds=settings.seconds), {}
+        return interleaved(
+            {impl: partial(run, inputs) for impl, run in runs.items()}, **options
+        ), {}
     card = torch.cuda.get_device_properties(settings.device)
     count = input_sets(inputs.nbytes, card.L2_cache_size)
     sets = [inputs, *(make_inputs(case, settings.device, seed) for seed in range(1, count))]
@@ -187,7 +185,7 @@ def times_of(
         impl: partial(GraphReplay, [partial(run, each) for each in sets], capturable=impl in OURS)
         for impl, run in runs.items()
     }
-    return replayed(makers, rounds=settings.rounds, seconds=settings.seconds)
+    return replayed(makers, **options)
 
 
 def _weigh(case, impl, inputs, run, common, device) -> Row:

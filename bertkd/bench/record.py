@@ -142,17 +142,23 @@ def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """All rows; a new measurement of a contestant in a case and mode takes the place of all old rows of it.
 
     A case that failed as a whole has one row, of contestant "*": it goes with the case's next measurement, and comes
-    without taking away what was measured before. Neither does a rival that is not installed this time.
+    without taking away what was measured before. Neither does a rival that is not installed this time, nor a new time
+    the largest batch, which is searched for later.
     """
     old = list(old)
     measured = {row.group for row in old if row.p50 is not None and row.impl not in IMPLS}
     fresh = [row for row in new if row.status != "unavailable" or row.group not in measured]
     replaced = {row.group for row in fresh}
     cases = {row.case for row in fresh}
+    # Unless it has been searched for again, or belongs to what is known to be wrong or to fail by now.
+    filled = {row.group for row in fresh if row.metric == "largest_batch" or row.status != "ok"}
     kept = (
         row
         for row in old
-        if row.group not in replaced and not (row.impl == "*" and row.case in cases)
+        if (
+            row.group not in replaced or (row.metric == "largest_batch" and row.group not in filled)
+        )
+        and not (row.impl == "*" and row.case in cases)
     )
     return [*kept, *fresh]
 

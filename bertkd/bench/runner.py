@@ -159,13 +159,17 @@ def _tasks(
     Args:
         rows: what the tasks before have found, by the time that one is run.
     """
-    filled = [
-        case for case in cases if settings.fill and step_fill.is_filled(case, settings.device)
-    ]
+    fills = settings.fill and settings.selection.allows("mode", "step")
+    filled = [case for case in cases if fills and step_fill.is_filled(case, settings.device)]
     return [
-        *((case.name, partial(measure, case, settings)) for case in cases),
+        *((_task_name(case), partial(measure, case, settings)) for case in cases),
         *((f"largest batch of {x.name}", partial(_fill, x, settings, rows)) for x in filled),
     ]
+
+
+def _task_name(case: Case) -> str:
+    """The case's name, told apart from that of a sweep that has the same case among others."""
+    return case.name + (" (scaling)" if case.kind == "scaling" else "")
 
 
 def _fill(case: Case, settings: Settings, rows: Sequence[Row]) -> Iterator[Row]:
@@ -181,7 +185,7 @@ def _left_out_before(folder: Path, tasks: Iterable[str], rows: Sequence[Row]) ->
     if not path.exists():
         return []
     names = json.loads(path.read_text(encoding="utf-8")).get("left_out", [])
-    measured = {Case.of(row).name for row in rows if row.p50 is not None}
+    measured = {_task_name(Case.of(row)) for row in rows if row.p50 is not None}
     return [name for name in names if name not in tasks and name not in measured]
 
 

@@ -13,7 +13,15 @@ from bertkd.bench.contestants import OURS, wrong_device
 from bertkd.bench.op_cases import BASELINE, Settings, first_line
 from bertkd.bench.record import Row
 from bertkd.bench.step_cases import Trainer, prepared
-from bertkd.bench.timing import check_device, interleaved, ratios, release_memory, spread, told
+from bertkd.bench.timing import (
+    Failures,
+    check_device,
+    interleaved,
+    ratios,
+    release_memory,
+    spread,
+    told,
+)
 from bertkd.ops.dispatch import unavailable
 from bertkd.ops.verify import relative_error
 
@@ -106,24 +114,24 @@ def compare(found: list, wanted: list, dtype: str) -> tuple[float, str | None]:
 def _measure(case, trainers, errors, row, settings) -> Iterator[Row]:
     on_cuda = settings.device.type == "cuda"
     wait = torch.cuda.synchronize if on_cuda else lambda: None
-    failed: dict[str, dict[str, str]] = {}
+    failures = Failures(settings.device)
 
     def drop(impl: str, failure: Exception) -> None:
         """Together they may need more memory than each alone."""
         del trainers[impl]
-        failed[impl] = told(failure)
+        failures(impl, failure)
 
-    times = interleaved(
-        trainers,
-        rounds=settings.rounds,
-        seconds=settings.seconds,
-        synchronise=wait,
-        on_failure=drop,
-    )
-    for impl, found in failed.items():
-        yield row(impl=impl, metric="time", unit="ms", **found)
-    if any(found["status"] == "error" for found in failed.values()):
-        check_device(settings.device)
+    try:
+        times = interleaved(
+            trainers,
+            rounds=settings.rounds,
+            seconds=settings.seconds,
+            synchronise=wait,
+            on_failure=drop,
+        )
+    finally:
+        for impl, found in failures.found.items():
+            yield row(impl=impl, metric="time", unit="ms", **found)
     for impl, trainer in trainers.items():
         if not settings.selection.allows("impl", impl):
             continue

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 Run = Callable[[], object]
+OnFailure = Callable[[str, Exception], object]
 
 
 class Spread(NamedTuple):
@@ -50,7 +51,7 @@ def interleaved(
     seconds: float = 20.0,
     warmup: int = 1,
     synchronise: Callable[[], object] = lambda: None,
-    on_failure: Callable[[str, Exception], object] | None = None,
+    on_failure: OnFailure | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every round of every contestant; in a round each runs once, in turn.
 
@@ -121,6 +122,23 @@ def check_device(device: torch.device) -> None:
         raise DeviceLost(f"the GPU is lost to this process: {first}") from error
 
 
+class Failures:
+    """Who failed while contestants were timed, by name, as status and note of a row.
+
+    Raises (where it is told of a failure):
+        DeviceLost: it has cost the device; whoever came next would be blamed for that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, name: str, failure: Exception) -> None:
+        self.found[name] = told(failure)
+        if self.found[name]["status"] == "error":
+            check_device(self.device)
+
+
 class GraphReplay:
     """A CUDA graph of one call per set of inputs; a replay visits them all, so that L2 is cold for each.
 
@@ -177,19 +195,27 @@ class GraphReplay:
 
 
 def replayed(
-    makers: Mapping[str, Callable[[], GraphReplay]], *, rounds: int = 15, seconds: float = 20.0
-) -> tuple[dict[str, list[float]], dict[str, str | Exception]]:
-    """Seconds per call of every round, and a note, of every contestant; no seconds where it failed, but the error.
+    makers: Mapping[str, Callable[[], GraphReplay]],
+    *,
+    rounds: int = 15,
+    seconds: float = 20.0,
+    on_failure: OnFailure | None = None,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds per call of every round, and a note, of every contestant.
 
     One contestant's graph is alive at a time, since each keeps its own memory. All are visited twice, the second
     time backwards, so that a clock that drifts meets early and late contestants alike.
+
+    Args:
+        makers: name -> what makes the replay to time.
+        rounds, seconds: as for `interleaved`.
+        on_failure: as for `interleaved`.
     """
     times: dict[str, list[float]] = {name: [] for name in makers}
-    notes: dict[str, str | Exception] = {}
-    order = list(makers)
-    for names in (order, order[::-1]):
+    notes: dict[str, str] = {}
+    for names in (list(makers), list(makers)[::-1]):
         for name in names:
-            if isinstance(notes.get(name), Exception):
+            if name not in times:
                 continue
             release_memory()
             try:
@@ -198,8 +224,11 @@ def replayed(
                 notes[name] = replay.note
                 times[name] += _rounds(replay, -(-rounds // 2), seconds / len(names) / 2)
             except Exception as failure:
+                if on_failure is None:
+                    raise
+                del times[name]
                 # Its frames hold what there was in memory.
-                notes[name], times[name] = failure.with_traceback(None), []
+                on_failure(name, failure.with_traceback(None))
             finally:
                 replay = None
     return times, notes

@@ -47,7 +47,7 @@ class LabelSpace:
             ValueError: a label is missing, not finite, not a number or not among ``names``, or names
                 and class numbers are mixed; names the file and row.
         """
-        values = _present(table, column)
+        values = _present(table, column, self.names)
         if self.regression:
             return np.array(
                 [_number(v, table, column, i) for i, v in enumerate(values)], np.float32
@@ -131,7 +131,7 @@ def infer_labels(
             f"regression=True has one output and no classes, but num_labels={num_labels} and "
             f"label_names={label_names} were given: leave them out, or pass regression=False"
         )
-    values = _present(table, column)
+    values = _present(table, column, label_names or ())
     if label_names is not None:
         return LabelSpace(False, tuple(label_names), by_index=True)
     floats = all(map(_is_number, values)) and not all(map(_is_integer, values))
@@ -208,10 +208,11 @@ def _check_one_kind(values: Sequence[Any], table: Table, column: str) -> None:
             )
 
 
-def _present(table: Table, column: str) -> Sequence[Any]:
+def _present(table: Table, column: str, known: Sequence[str] = ()) -> Sequence[Any]:
     values = table.column(column, "label_column")
     # Beside names these words may be classes: "None" is one where stances or relations are told.
-    gaps = _GAPS if all(_is_gap(value) or _is_number(value) for value in values) else ()
+    alone = all(_is_gap(value) or _is_number(value) for value in values)
+    gaps = [word for word in _GAPS if word not in known] if alone else []
     for row, value in enumerate(values):
         text = value.strip() if isinstance(value, str) else value
         missing = text is None or (isinstance(text, float) and math.isnan(text))

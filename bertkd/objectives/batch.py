@@ -106,17 +106,18 @@ def _check_dtype(column: str, value: Tensor) -> None:
 def _check_looked_up(
     column: str, value: Any, ids: Tensor, models: Sequence[tuple[Side, nn.Module]]
 ) -> None:
-    """Types or positions: of the ids' shape, or one row for all, and below the size of each model's table.
+    """Types or positions: of a shape that broadcasts to the ids', and below the size of each model's table.
 
     Whether a model takes them is asked only of a column that is wrong: asking costs more than the checks.
     """
     try:
         _check_tensor(column, value)
         _check_dtype(column, value)
-        if value.shape != ids.shape and value.shape != (1, ids.shape[1]):
+        sizes = zip(reversed(value.shape), reversed(ids.shape), strict=False)
+        if value.dim() > 2 or any(size not in (1, wanted) for size, wanted in sizes):
             raise ValueError(
-                f"batch[{column!r}] must have the shape of input_ids, {tuple(ids.shape)}, or one row for "
-                f"all, got {tuple(value.shape)}"
+                f"batch[{column!r}] must have the shape of input_ids, {tuple(ids.shape)}, or one that broadcasts "
+                f"to it, got {tuple(value.shape)}"
             )
     except (TypeError, ValueError):
         if any(_takes(model, column, ids) for _, model in models):

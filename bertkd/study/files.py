@@ -23,8 +23,7 @@ def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
 
     Raises:
         ValueError: it is a file, cannot be created or written to, holds something that bertkd did not
-            make, was made by another command, or holds more of an earlier run than its marker while
-            ``reuse`` is false.
+            make, was made by another command, or holds an earlier run while ``reuse`` is false.
     """
     path = Path(path)
     if not path.exists():
@@ -53,8 +52,7 @@ def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
             f"output_dir {str(path)!r} holds a run of `bertkd {maker}`, not of `bertkd {command}`; "
             "name another directory."
         )
-    # A run that failed before its first stage leaves nothing but its marker.
-    if not reuse and names != {MARKER}:
+    if not reuse:
         raise ValueError(
             f"output_dir {str(path)!r} holds an earlier run; pass --resume to go on with it, "
             "or name another directory."
