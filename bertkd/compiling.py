@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -29,11 +30,12 @@ def compile_in_place(*models: nn.Module, **options: Any) -> None:
 
 def allow_graphs(*models: nn.Module) -> None:
     """Let PyTorch keep a graph for every way in which these models run, where one of them is compiled."""
+    # Whoever has compiled anything has imported it; asked at every step, so the cheapest question comes first.
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is None or dynamo.config.recompile_limit >= _GRAPHS:
+        return
     if any(map(is_compiled, models)):
-        import torch._dynamo  # takes a second, and few compile
-
-        config: Any = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+        dynamo.config.recompile_limit = _GRAPHS
 
 
 def is_compiled(model: nn.Module) -> bool:

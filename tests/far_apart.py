@@ -3,8 +3,7 @@
 import torch
 
 from bertkd.ops import verify
-from bertkd.ops.schema import float_tensors
-from bertkd.ops.tensors import unit_stride
+from bertkd.ops.tensors import float_tensors, unit_stride
 
 SIZES = verify.Sizes(batch=3, heads=1, length=17, widths=(16, 8), vocabulary=40)
 

@@ -188,6 +188,16 @@ def test_targets_take_the_best_and_say_what_is_missing():
     assert next(o for o in targets.outcomes(slow, "cpu") if o.reached).met is False
 
 
+def test_rows_of_several_commits_are_told_apart():
+    other = [replace(row, length=512, commit="def7654321") for row in ROWS]
+    assert "| commit |" not in summary.markdown(ROWS, {})
+    lines = summary.markdown([*ROWS, *other], {}).splitlines()
+    for length, commit in ((128, "abc1234"), (512, "def7654")):
+        rows = [line for line in lines if f" L{length} " in line and "fwd_bwd" in line]
+        assert len(rows) == 3
+        assert all(f"| {commit} |" in row for row in rows)
+
+
 def test_summary_has_every_figure_the_misses_and_the_reasons():
     missing = replace(MAIN, impl="liger", p50=None, status="unavailable", note="not installed")
     text = summary.markdown([*ROWS, missing], {"left_out": ["linear_kl[N1]"]}, ["length.png"])

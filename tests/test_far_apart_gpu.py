@@ -7,7 +7,8 @@ from oracle import relative
 
 from bertkd.ops import verify
 from bertkd.ops.dispatch import implementation, unavailable
-from bertkd.ops.schema import float_tensors, value_form
+from bertkd.ops.schema import value_form
+from bertkd.ops.tensors import float_tensors
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,8 @@ import bertkd
 from bertkd import functional
 from bertkd.ops import verify
 from bertkd.ops.dispatch import implementation, unavailable
-from bertkd.ops.schema import OPS, float_tensors, value_form
+from bertkd.ops.schema import OPS, value_form
+from bertkd.ops.tensors import float_tensors
 
 
 def inputs(op):

@@ -12,6 +12,7 @@ from training_fakes import VOCAB, FakeDistiller, collate, examples, on_cpu, run
 from bertkd.errors import CheckpointError
 from bertkd.training import Recipe, Stage, make_accelerator, predict, run_recipe, train
 from bertkd.training.machine import check_machine
+from bertkd.training.run_record import identity
 
 pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
 
@@ -174,3 +175,14 @@ def test_predict_names_what_it_cannot_use():
     with pytest.raises(TypeError, match="BertModel, which gives no logits"):
         predict(model, examples(3), collate)
     assert torch.is_grad_enabled()
+
+
+def test_a_model_is_known_by_its_encoder_alone():
+    """A pooler or a head that the checkpoint lacks is drawn anew, and other machines may draw others."""
+    model, other = (tiny_model("bert", head_cls="sequence") for _ in range(2))
+    with torch.no_grad():
+        other.classifier.weight.add_(1)
+        other.bert.pooler.dense.weight.add_(1)
+        assert identity(other) == identity(model) == identity(model.bert)
+        other.bert.encoder.layer[1].output.dense.bias.add_(1)
+    assert identity(other) != identity(model)

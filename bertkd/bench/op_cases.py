@@ -210,9 +210,3 @@ def prepared(case: Case, impl: str) -> Callable[[], object]:
     compiled = impl in ("compile", "flex", "liger")
     run(inputs if compiled else make_inputs(small(case), device))
     return partial(run, inputs)
-
-
-def first_line(failure: BaseException) -> str:
-    """First line of an error, cut to fit a table."""
-    lines = str(failure).strip().splitlines()
-    return lines[0][:160] if lines else type(failure).__name__

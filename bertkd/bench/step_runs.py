@@ -10,12 +10,13 @@ import torch
 from bertkd.bench import memory
 from bertkd.bench.cases import Case
 from bertkd.bench.contestants import OURS, wrong_device
-from bertkd.bench.op_cases import BASELINE, Settings, first_line
+from bertkd.bench.op_cases import BASELINE, Settings
 from bertkd.bench.record import Row
 from bertkd.bench.step_cases import Trainer, prepared
 from bertkd.bench.timing import (
     Failures,
     check_device,
+    first_line,
     interleaved,
     ratios,
     release_memory,

@@ -97,10 +97,15 @@ def told(failure: BaseException) -> dict[str, Any]:
 
     Memory that ran out is told by PyTorch's allocator with a class of its own, by a driver or a compiler in words.
     """
-    first, *_ = str(failure).strip().splitlines() or [""]
     if isinstance(failure, torch.OutOfMemoryError) or "out of memory" in str(failure).lower():
         return {"status": "oom", "note": "out of memory"}
-    return {"status": "error", "note": f"{type(failure).__name__}: {first[:160]}"}
+    return {"status": "error", "note": f"{type(failure).__name__}: {first_line(failure)}"}
+
+
+def first_line(failure: BaseException) -> str:
+    """First line of an error, cut to fit a table; empty where it says nothing."""
+    lines = str(failure).strip().splitlines()
+    return lines[0][:160] if lines else ""
 
 
 class DeviceLost(RuntimeError):
@@ -118,8 +123,8 @@ def check_device(device: torch.device) -> None:
     try:
         torch.cuda.synchronize(device)
     except Exception as error:
-        first, *_ = str(error).splitlines() or [type(error).__name__]
-        raise DeviceLost(f"the GPU is lost to this process: {first}") from error
+        why = first_line(error) or type(error).__name__
+        raise DeviceLost(f"the GPU is lost to this process: {why}") from error
 
 
 class Failures:

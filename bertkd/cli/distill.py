@@ -247,12 +247,11 @@ def _settings(config: Config, recipe: Recipe, teacher: Any, student: Any) -> dic
     """What a resumed run must not change besides its stages, data and teacher; by the options' names."""
     from bertkd.encoders import describe
     from bertkd.student import teacher_layers
-    from bertkd.training.run_record import encoder_checksum
+    from bertkd.training.run_record import identity
 
     making: dict[str, Any] = dict.fromkeys(("layers", "hidden_size", "copy_head", "student"))
     if config.student is not None:
-        # Not its name: a folder may be moved, or hold another model by now.
-        making["student"] = f"weights {encoder_checksum(student):08x}"
+        making["student"] = identity(student)
     else:
         making["layers"] = teacher_layers(recipe.layers, describe(teacher).num_blocks)
         making["hidden_size"] = describe(student).hidden_size

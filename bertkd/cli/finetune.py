@@ -44,7 +44,7 @@ def prepare(config: Config) -> Callable[[], None]:
     from bertkd.study.jobs import Job, run_job
     from bertkd.study.models import label_config, load_model, load_tokenizer
     from bertkd.study.stages import stage_steps
-    from bertkd.training.run_record import encoder_checksum
+    from bertkd.training.run_record import identity
     from bertkd.training.supervised import Supervised
 
     check_output_dir(config.output_dir, "finetune", reuse=bool(config.resume))
@@ -59,8 +59,7 @@ def prepare(config: Config) -> Callable[[], None]:
         stage = dataclasses.replace(stage, metric=workload.metric)
     labels = label_config(workload.task)
     model = load_model(config.model, "model", "labels", seed=recipe.seed, **labels)
-    # Not its name: a folder may be moved, or hold another model by now.
-    settings = {"model": f"weights {encoder_checksum(model):08x}"}
+    settings = {"model": identity(model)}
     if config.torch_compile:
         compile_in_place(model)
     job = Job(

@@ -84,7 +84,8 @@ def _run(config: Config, ops, impls, dtypes, device) -> None:
     import torch
 
     from bertkd.ops.dispatch import implementation
-    from bertkd.ops.schema import float_tensors, value_form
+    from bertkd.ops.schema import value_form
+    from bertkd.ops.tensors import float_tensors
     from bertkd.ops.verify import TENSORS, Sizes, compare, random_case
     from bertkd.study.table import Table
 

@@ -285,7 +285,7 @@ def _without_twins(flat: list[Any]) -> list[Any]:
 
 def _total_loss(op, impl, row_weight, calls, groups, wrt) -> Tensor:
     if len(calls) > 1 and torch.compiler.is_compiling():
-        # A graph spares the host nothing, and takes no function that is given one tensor, such as a mask, twice.
+        # At once they would spare the host nothing in a graph, and what they share is not for it to trace.
         return _total([_total_loss(op, impl, row_weight, [call], groups, wrt) for call in calls])
     if any(_needs_grad(call, wrt) for call in calls):
         flat = _without_twins(list(chain.from_iterable(calls)))

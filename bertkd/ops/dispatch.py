@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bertkd.errors import unknown_name
+from bertkd.ops.tensors import float_tensors
 
 IMPLS = ("eager", "chunked", "native", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "BERTKD_IMPL"
@@ -188,8 +189,8 @@ def explain(
     """
     stem = op_of_loss(op)
     # Nothing reads them, so memory is all they cost, and hardly that: pages that nobody touches.
-    flat = [x for arg in tensors for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-    given = [x for x in flat if isinstance(x, Tensor) and x.is_floating_point()]
-    given = given or [torch.empty(shape, device=device) for shape in _TYPICAL[stem]]
+    given = float_tensors(tensors) or [
+        torch.empty(shape, device=device) for shape in _TYPICAL[stem]
+    ]
     choice = resolve(stem, requested(impl), given)
     return f"{op} on {given[0].device.type}: {choice.impl} ({choice.reason})"

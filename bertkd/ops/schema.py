@@ -12,7 +12,7 @@ which code runs; where it says "auto", ``dispatch`` decides inside the op, where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bertkd.ops.dispatch import implementation, resolve
+from bertkd.ops.tensors import float_tensors
 from bertkd.reference import compute_dtype
 
 _ATTENTION = "Tensor {0}_s, Tensor {1}_s, Tensor {0}_t, Tensor {1}_t, Tensor? mask, float scale_s, float scale_t"
@@ -191,12 +192,6 @@ def _counted_rows(function: Callable[..., Tensor], row_weight: Tensor, *inputs: 
     h_s, w_s, bias_s, h_t, *rest = inputs
     rows = function(h_s[kept], w_s, bias_s, h_t[kept], *rest)
     return rows.new_zeros(row_weight.shape[0]).index_copy_(0, kept, rows)
-
-
-def float_tensors(inputs: Sequence[Any]) -> list[Tensor]:
-    """The floating-point tensors among an op's arguments, lists of states included, in their order."""
-    flat = [x for arg in inputs for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-    return [x for x in flat if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 for _name, _schema in SCHEMAS.items():

@@ -1,8 +1,9 @@
-"""What every backend does with tensors: the layouts that kernels want, and what the C++ ones are told of them."""
+"""What every backend does with tensors: which count, the layouts that kernels want, what the C++ ones are told."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 
 # The codes of csrc/bertkd.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def float_tensors(inputs: Sequence[Any]) -> list[Tensor]:
+    """The floating-point tensors among an op's arguments, lists of states included, in their order."""
+    flat = [x for arg in inputs for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    return [x for x in flat if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -93,14 +93,17 @@ def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str,
         )
 
 
-def encoder_checksum(model: Any) -> int:
-    """CRC-32 of an encoder's weights as loaded; pooler and head may be new, and so another machine's.
+def identity(model: Any) -> str:
+    """What a model is known by in a run's settings: the CRC-32 of its encoder's weights as loaded.
+
+    Not its name: a folder may be moved, or hold another model by now. Pooler and head may be new, and so another
+    machine's.
 
     Args:
         model: a Hugging Face model, with or without a head.
     """
     named = model.base_model.named_parameters()
-    return _checksum(weight for name, weight in named if "pooler" not in name)
+    return f"weights {_checksum(weight for name, weight in named if 'pooler' not in name):08x}"
 
 
 def _checksum_of_sample(data: Any, size: int = 64) -> int:
