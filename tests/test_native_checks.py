@@ -220,6 +220,21 @@ def test_exponential_stays_within_its_bound(isa):
         assert (out[: low.numel()] == 2.0**-100).all()
 
 
+# A GPU's NaN, a processor's, memory of all ones, a signalling one.
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -0x400000, -1, 0x7F800001])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_exponential_of_any_nan_is_nan(isa, bits):
+    x = torch.full((40,), bits, dtype=torch.int32).view(torch.float32)
+    out = torch.zeros(40)
+    with machine(isa):
+        kernels().exp2(x.data_ptr(), out.data_ptr(), 40)
+        assert out.isnan().all()
+        # A teacher's NaN is no finite loss.
+        z_s, z_t = torch.randn(1, 100), torch.randn(1, 100)
+        z_t[0, 7] = x[0]
+        assert native.softmax_kl_rows(z_s, z_t, 1.0).isnan()
+
+
 def test_instruction_set_can_be_chosen_and_a_wrong_one_is_refused():
     for isa in ISAS:
         with machine(isa):

@@ -95,14 +95,15 @@ constexpr double kLn2 = 0.69314718055994530942;
 constexpr float kLow =
     -1e30f;  // a score that no real one can be near, finite so that no difference is NaN
 
-// 2^x for x <= 127. Adding 1.5 * 2^23 rounds x to an integer in the low bits of the mantissa; what
-// is left lies in
+// 2^x for x <= 127. Adding 1.5 * 2^23 + 127 rounds x to an integer in the low bits of the mantissa,
+// with the exponent's bias added: shifted up they are the power of two. What is left of x lies in
 // [-1/2, 1/2], where a polynomial of degree 5 (minimax with the constant fixed at 1) errs
-// by 8.1e-8; the integer is added to the exponent. Below -100 the result stays at 2^-100: nothing
+// by 8.1e-8. The two are multiplied as floats: to add the integer to the exponent would take the
+// bits of a NaN along, and could make a number of it. Below -100 the result stays at 2^-100: nothing
 // next to a row's largest term, which is 1, and large enough that no difference of two results is a
 // (slow) subnormal number.
 inline Vec exp2(Vec x) {
-  const Vec magic = splat(12582912.f);
+  const Vec magic = splat(12582912.f + 127.f);
   x = max(splat(-100.f), x);
   const Vec shifted = x + magic;
   const Vec r = x - (shifted - magic);
@@ -112,7 +113,7 @@ inline Vec exp2(Vec x) {
   p = fma(p, r, splat(0.2402223532236195f));
   p = fma(p, r, splat(0.693147061560251f));
   p = fma(p, r, splat(1.f));
-  return (Vec)((Bits)p + ((Bits)shifted << 23));
+  return p * (Vec)((Bits)shifted << 23);
 }
 
 }  // namespace
