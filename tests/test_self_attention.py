@@ -233,6 +233,17 @@ def test_any_layout_is_taken():
     assert expected[0].transpose(1, 2).is_contiguous()
 
 
+def test_what_hooks_on_saved_tensors_laid_out_anew_is_taken():
+    *tensors, grad = inputs(2, 3, 40, 8, seed=8)
+    expected = value_and_gradients(self_attention, *tensors, grad)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.transpose(-1, -2).contiguous(), lambda x: x.transpose(-1, -2)
+    )
+    with hooks:
+        got = value_and_gradients(self_attention, *tensors, grad)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(bad, isa):

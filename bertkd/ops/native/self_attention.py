@@ -65,7 +65,9 @@ def self_attention_bwd(
     for grad in grads:
         in_large_pages(grad)
     if q.numel():
-        grad_out, q, k, v = (unit_stride(x) for x in (grad_out, q, k, v))
+        grad_out, q, k, v, out = (unit_stride(x) for x in (grad_out, q, k, v, out))
+        # A hook on saved tensors may have laid it out anew.
+        stats = stats.contiguous()
         mask = None if mask is None else mask.bool()
         kernels().self_attention_bwd(
             tuple(q.shape[:-1]),
@@ -74,7 +76,7 @@ def self_attention_bwd(
             scale,
             dropout,
             0 if seed is None else seed.item(),
-            heads(unit_stride(out)),
+            heads(out),
             stats.data_ptr(),
             *map(heads, grads),
             torch.get_num_threads(),
