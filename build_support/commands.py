@@ -43,9 +43,9 @@ def check_setuptools(version: str) -> None:
 
 def setup_arguments(arguments: list[str]) -> dict:
     """What setup.py adds to pyproject.toml, for the commands in ``arguments``."""
+    check_setuptools(setuptools.__version__)
     if not any(argument in COMPILING for argument in arguments):
         return {}
-    check_setuptools(setuptools.__version__)
     plan = make_plan(ROOT)
     print(plan.sentence(), file=sys.stderr)
 

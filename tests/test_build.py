@@ -298,14 +298,17 @@ def test_what_was_asked_for_and_cannot_be_built_is_an_error(variables, said, mon
 
 
 @linux
-def test_a_setuptools_that_cannot_read_the_project_is_named():
-    from build_support.commands import check_setuptools
+def test_a_setuptools_that_cannot_read_the_project_is_named(monkeypatch):
+    from build_support import commands
 
-    check_setuptools("77.0.3")
-    with pytest.raises(
-        SystemExit, match=r"setuptools 75.8.0 is too old.*pip install -U setuptools"
-    ):
-        check_setuptools("75.8.0")
+    commands.check_setuptools("77.0.3")
+    monkeypatch.setattr(commands.setuptools, "__version__", "75.8.0")
+    # The first is the first that pip runs, and compiles nothing.
+    for command in ("dist_info", "build_ext"):
+        with pytest.raises(
+            SystemExit, match=r"setuptools 75.8.0 is too old.*pip install -U setuptools"
+        ):
+            commands.setup_arguments([command])
 
 
 def test_what_was_not_asked_for_is_left_out_with_a_reason(monkeypatch):
