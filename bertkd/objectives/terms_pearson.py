@@ -15,6 +15,7 @@ from bertkd.objectives.base import Memory, Setup, Shape, StepContext, register_t
 
 ROWS = 64  # query rows per chunk: memory is B * H * ROWS * L instead of B * H * L * L
 AXES = ("keys", "all")
+EPS = 1e-8  # as released, in the quotients of axes="all"
 
 
 @register_term
@@ -24,7 +25,8 @@ class AttPearson(AttentionTerm):
     Rows are computed ``ROWS`` at a time and again in the backward pass, so memory is linear in L.
     Only real keys correlate and only real rows with two or more of them count. ``axes="all"``
     (``@released``) adds the correlations along queries, heads and batch, pads included, and builds
-    all maps: memory is quadratic in L. Heads and batch of size 1 have no correlation there.
+    all maps: memory is quadratic in L. Heads and batch of size 1 have no correlation there, and
+    `EPS` in the quotients keeps tiny probabilities from having much.
 
     Source: the paper's released 'pear_col', which uses the last blocks.
     """
@@ -116,5 +118,12 @@ def _along_all_axes(
     q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, keys: Tensor | None, count_pads: bool
 ) -> Tensor:
     ours, theirs = _maps(q_s, k_s, keys), _maps(q_t, k_t, keys)
-    losses = [1.0 - pearson(ours, theirs, dim).mean() for dim in (-1, -2, 1, 0)]
+    losses = [1.0 - _released_pearson(ours, theirs, dim).mean() for dim in (-1, -2, 1, 0)]
     return torch.stack(losses).sum()
+
+
+def _released_pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
+    """Unlike `pearson` with an absolute guard: along queries, heads and batch whole slices are next to 0."""
+    x_c, y_c = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
+    norms = torch.linalg.vector_norm(x_c, dim=dim) * torch.linalg.vector_norm(y_c, dim=dim)
+    return (x_c * y_c).sum(dim) / (norms + EPS)
