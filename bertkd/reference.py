@@ -133,13 +133,17 @@ def hidden_mse_rows(
 
 
 @full_precision
-def hidden_cosine_rows(h_s: Tensor, h_t: Tensor, eps: float = 1e-12) -> Tensor:
-    """1 - cos(h_s, h_t) of every row: (..., d), (..., d) -> (...). A zero vector has cosine 0."""
+def hidden_cosine_rows(h_s: Tensor, h_t: Tensor, eps: float = 1e-16) -> Tensor:
+    """1 - cos(h_s, h_t) of every row: (..., d), (..., d) -> (...).
+
+    A student's vector of a squared norm up to ``eps`` has cosine 0 and, as it has no direction to turn, no gradient.
+    """
     dtype = compute_dtype(h_s, h_t)
     x, y = h_s.to(dtype), h_t.to(dtype)
+    square = x.square().sum(-1)
     # The norms are clamped inside the square root so that the gradient at 0 is finite.
-    norm = (x.square().sum(-1).clamp_min(eps) * y.square().sum(-1).clamp_min(eps)).sqrt()
-    return 1.0 - (x * y).sum(-1) / norm
+    norm = (square.clamp_min(eps) * y.square().sum(-1).clamp_min(eps)).sqrt()
+    return 1.0 - torch.where(square > eps, (x * y).sum(-1) / norm, 0.0)
 
 
 @full_precision

@@ -154,13 +154,23 @@ def test_a_teacher_in_inference_mode(loss, reduction, impl):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
-def test_zero_vectors_have_cosine_zero_and_finite_gradients():
-    h_s, h_t = torch.zeros(2, 3), torch.randn(2, 3)
+@pytest.mark.parametrize("impl", ["eager", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_zero_vectors_have_cosine_zero_and_no_gradient(dtype, impl):
+    h_s, h_t = torch.zeros(2, 3, dtype=dtype), torch.randn(2, 3)
     h_t[1] = 0
-    for impl in ("eager", "chunked"):
-        loss, grad = value_and_grads(functional.hidden_cosine, [h_s], h_t, impl=impl)
-        assert loss == 1
-        assert torch.isfinite(grad).all()
+    loss, grad = value_and_grads(functional.hidden_cosine, [h_s], h_t, impl=impl)
+    assert loss == 1
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("impl", ["eager", "chunked"])
+def test_cosine_of_tiny_vectors_is_pytorchs(impl):
+    h_s, h_t = 1e-7 * torch.randn(4, 3), 1e-7 * torch.randn(4, 3)
+    got = value_and_grads(functional.hidden_cosine, [h_s], h_t, impl=impl)
+    want = value_and_grads(lambda x, y: (1 - cosine_similarity(x, y)).mean(), [h_s], h_t)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

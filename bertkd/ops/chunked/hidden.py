@@ -147,7 +147,7 @@ def hidden_combine_mse_sum(
 
 
 def hidden_cosine_fwd_bwd(
-    row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-12
+    row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-16
 ) -> tuple[Tensor, Tensor]:
     """``sum_i w_i (1 - cos_i)`` over (N, d), and its gradient w (cos x / |x|^2 - y / (|x| |y|))."""
     dtype = compute_dtype(h_s, h_t)
@@ -158,15 +158,15 @@ def hidden_cosine_fwd_bwd(
         square_x = x.square().sum(-1, keepdim=True)
         square_y = y.square().sum(-1, keepdim=True).clamp_min(eps)
         norm = (square_x.clamp_min(eps) * square_y).sqrt()
-        cosine = (x * y).sum(-1, keepdim=True) / norm
+        # Up to eps there is no direction: the cosine is 0 and has no gradient.
+        cosine = torch.where(square_x > eps, (x * y).sum(-1, keepdim=True) / norm, 0.0)
         weight = row_weight[block].to(dtype).unsqueeze(-1)
         loss += weighted(1.0 - cosine, weight).sum()
-        # Below eps the norm is a constant and only the inner product has a gradient.
-        radial = torch.where(square_x > eps, cosine / square_x.clamp_min(eps), 0.0)
-        grad[block] = weighted(radial * x - y / norm, weight).to(h_s.dtype)
+        across = (cosine / square_x.clamp_min(eps)) * x - y / norm
+        grad[block] = torch.where(square_x > eps, weighted(across, weight), 0.0).to(h_s.dtype)
     return loss, grad
 
 
-def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-12) -> Tensor:
+def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-16) -> Tensor:
     """The same sum alone."""
     return _sum(row_weight, h_s.shape[1], partial(hidden_cosine_rows, eps=eps), h_s, h_t)

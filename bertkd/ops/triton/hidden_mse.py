@@ -98,7 +98,7 @@ def _mse(
 
 
 def hidden_cosine_fwd_bwd(
-    row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-12
+    row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-16
 ) -> tuple[Tensor, Tensor]:
     """``sum_i w_i (1 - cos(h_s_i, h_t_i))`` over (N, d), and its gradient."""
     student = unit_stride(h_s)
@@ -106,7 +106,7 @@ def hidden_cosine_fwd_bwd(
     return _cosine(row_weight, student, h_t, grad, eps), laid_out_like(h_s, grad)
 
 
-def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-12) -> Tensor:
+def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-16) -> Tensor:
     """The same sum alone: nothing is written."""
     return _cosine(row_weight, unit_stride(h_s), h_t, None, eps)
 
