@@ -263,10 +263,10 @@ def test_sizes_are_whole_numbers(build, name: str) -> None:
         build()
 
 
-def _two_ranks(rank: int, store: str) -> None:
-    """Compare each rank's half of a batch with the whole batch in one process."""
+def _two_ranks(rank: int, store: str, cut: int) -> None:
+    """Compare each rank's part of a batch with the whole batch in one process."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mine = slice(4 * rank, 4 * rank + 4)
+    mine = slice(cut, 8) if rank else slice(cut)
     f_s, f_t = (f.detach() for f in features(8))
     index, labels = torch.arange(8) * 2, torch.arange(8) % 3
     parts = {"index": index[mine], "labels": labels[mine]}
@@ -307,5 +307,6 @@ def _two_ranks(rank: int, store: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_see_one_batch(tmp_path) -> None:
-    mp.spawn(_two_ranks, args=(str(tmp_path / "store"),), nprocs=2)
+@pytest.mark.parametrize("cut", [4, 5])
+def test_two_processes_see_one_batch(tmp_path, cut: int) -> None:
+    mp.spawn(_two_ranks, args=(str(tmp_path / "store"), cut), nprocs=2)

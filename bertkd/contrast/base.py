@@ -119,15 +119,28 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def gather(x: Tensor) -> Tensor:
+def row_counts(x: Tensor) -> list[int]:
+    """Rows of ``x`` in every process: the last batch of an epoch may not be divisible by their number."""
+    if world_size() == 1:
+        return [len(x)]
+    counts = [torch.empty(1, dtype=torch.long, device=x.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    return torch.cat(counts).tolist()
+
+
+def gather(x: Tensor, counts: list[int]) -> Tensor:
     """Concatenate ``x`` of all processes along dim 0; only this one's part carries a gradient.
 
-    The shapes must agree on all of them.
+    ``counts`` are everyone's `row_counts`; the other dimensions must agree.
     """
-    if world_size() == 1:
+    if len(counts) == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
+    # A collective takes one shape from all.
+    own = x.new_zeros(max(counts), *x.shape[1:])
+    own[: len(x)] = x.detach()
+    parts = [torch.empty_like(own) for _ in counts]
+    dist.all_gather(parts, own)
+    parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
     parts[rank()] = x
     return torch.cat(parts)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertkd.contrast.base import Contrast, gather, world_size
+from bertkd.contrast.base import Contrast, gather, row_counts
 
 
 class InBatchContrast(Contrast):
@@ -16,9 +16,8 @@ class InBatchContrast(Contrast):
         loss = (cross_entropy(scores, arange(B)) + cross_entropy(scores.T, arange(B))) / 2
 
     Examples with the same ``index`` or the same integer label are left out of each other's sums.
-    With ``gather``, training uses the examples of all processes, whose batches must be equally
-    large. The loss is then the same on all of them, and scaled so that the mean of the gradients,
-    as DDP takes it, is the gradient of that loss.
+    With ``gather``, training uses the examples of all processes. The loss is then the same on all of
+    them, and scaled so that the mean of the gradients, as DDP takes it, is the gradient of that loss.
 
     Source: van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding".
 
@@ -52,10 +51,10 @@ class InBatchContrast(Contrast):
     def _loss(
         self, v_s: Tensor, v_t: Tensor, index: Tensor | None, labels: Tensor | None
     ) -> Tensor:
-        world = world_size() if self.gather and self.training else 1
-        keys = [key for key in (index, labels) if key is not None]
-        if world > 1:
-            v_s, v_t, keys = gather(v_s), gather(v_t), [gather(key) for key in keys]
+        counts = row_counts(v_s) if self.gather and self.training else [len(v_s)]
+        world = len(counts)
+        keys = [gather(key, counts) for key in (index, labels) if key is not None]
+        v_s, v_t = gather(v_s, counts), gather(v_t, counts)
         if len(v_s) < 2:
             raise ValueError(
                 "a batch of 1 has no negatives: use larger batches (and drop_last=True) or "

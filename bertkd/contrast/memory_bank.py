@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertkd.contrast.base import Contrast, gather, rank, world_size
+from bertkd.contrast.base import Contrast, gather, rank, row_counts
 from bertkd.errors import whole_number
 
 
@@ -106,15 +106,16 @@ class MemoryBankContrast(Contrast):
         self, v_s: Tensor, v_t: Tensor, index: Tensor | None, labels: Tensor | None
     ) -> Tensor:
         assert index is not None  # _check refuses that
+        counts = row_counts(index) if self.training else [len(index)]
         if labels is not None and self.training:
-            self.labels.index_copy_(0, gather(index), gather(labels))
+            self.labels.index_copy_(0, gather(index, counts), gather(labels, counts))
         rows = torch.cat([index[:, None], self._draw_negatives(index, labels)], dim=1)
         sides = ((self.memory_t, v_s), (self.memory_s, v_t))
         scores = torch.stack([torch.einsum("bkd,bd->bk", m[rows].float(), v) for m, v in sides])
         scores = scores / self.temperature
-        log_z = self._normalisers(scores)
+        log_z = self._normalisers(scores, counts)
         if self.training:
-            self._remember(v_s, v_t, index)
+            self._remember(v_s, v_t, index, counts)
 
         # In logarithms, where neither exp(1 / temperature) nor the quotients can overflow.
         log_p = scores - log_z[:, None, None]
@@ -125,11 +126,10 @@ class MemoryBankContrast(Contrast):
         return (positive + negative.sum(-1)).mean()
 
     @torch.no_grad()
-    def _normalisers(self, scores: Tensor) -> Tensor:
-        """log Z_s and log Z_t, (2,): the stored ones, or those of the scores (2, B, K + 1)."""
-        fresh = scores.flatten(1).logsumexp(1) - math.log(scores[0].numel() / self.num_examples)
-        if self.training:
-            fresh = gather(fresh[None]).logsumexp(0) - math.log(world_size())
+    def _normalisers(self, scores: Tensor, counts: list[int]) -> Tensor:
+        """log Z_s and log Z_t, (2,): the stored ones, or those of all processes' scores (2, B, K + 1)."""
+        sums = gather(scores.flatten(1).logsumexp(1)[None], [1] * len(counts)).logsumexp(0)
+        fresh = sums - math.log(sum(counts) * scores.shape[2] / self.num_examples)
         # torch.where, because asking whether they are known would mean waiting for the GPU.
         log_z = torch.where(self.log_z_known, self.log_z.float(), fresh)
         if self.training:
@@ -138,9 +138,10 @@ class MemoryBankContrast(Contrast):
         return log_z
 
     @torch.no_grad()
-    def _remember(self, v_s: Tensor, v_t: Tensor, index: Tensor) -> None:
-        index = gather(index)
-        for bank, v in ((self.memory_s, gather(v_s)), (self.memory_t, gather(v_t))):
+    def _remember(self, v_s: Tensor, v_t: Tensor, index: Tensor, counts: list[int]) -> None:
+        index = gather(index, counts)
+        for bank, own in ((self.memory_s, v_s), (self.memory_t, v_t)):
+            v = gather(own, counts)
             mixed = self.momentum * bank[index].float() + (1 - self.momentum) * v
             bank.index_copy_(0, index, F.normalize(mixed, dim=1).to(bank.dtype))
         self.draws[1] += 1

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertkd.contrast.base import Contrast, gather
+from bertkd.contrast.base import Contrast, gather, row_counts
 from bertkd.errors import whole_number
 
 
@@ -19,7 +19,7 @@ class QueueContrast(Contrast):
     Keys with the example's ``index`` or its integer label are left out, its own excepted. In
     training ``v_t`` then takes the place of the oldest keys. At first the queue holds random unit
     vectors. Its memory does not depend on the size of the training set, and a batch may have size
-    1. Across processes, whose batches must be equally large, the keys of all are queued.
+    1. Across processes the keys of all are queued.
 
     Source: the queue is that of He et al. 2020, "Momentum Contrast".
 
@@ -76,7 +76,8 @@ class QueueContrast(Contrast):
 
     @torch.no_grad()
     def _push(self, v_t: Tensor, index: Tensor | None, labels: Tensor | None) -> None:
-        keys = gather(v_t)
+        counts = row_counts(v_t)
+        keys = gather(v_t, counts)
         places = (self.oldest + torch.arange(len(keys), device=keys.device)) % self.queue_size
         # index_copy_ wants each place once: of more keys than there are places the last stay.
         places = places[-self.queue_size :]
@@ -85,5 +86,5 @@ class QueueContrast(Contrast):
             if numbers is None:
                 queue.index_fill_(0, places, -1)
             else:
-                queue.index_copy_(0, places, gather(numbers)[-self.queue_size :])
+                queue.index_copy_(0, places, gather(numbers, counts)[-self.queue_size :])
         self.oldest.add_(len(keys)).remainder_(self.queue_size)
