@@ -144,6 +144,17 @@ def test_huge_logits_and_equal_logits():
     assert all((x == 0).all() for x in value_and_grads(functional.softmax_kl, [z_s], z_s))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize(("shift_s", "shift_t"), [(1e4, 1e4), (1e5, -1e5), (0.0, 1e6)])
+def test_a_shift_of_the_logits_costs_no_digits(shift_s, shift_t, temperature):
+    z_s, z_t = normal(4, 30, seed=0) + shift_s, normal(4, 30, seed=1) + shift_t
+    options = {"temperature": temperature}
+    want = value_and_grads(functional.softmax_kl, [z_s.double()], z_t.double(), **options)
+    got = value_and_grads(functional.softmax_kl, [z_s], z_t, impl="chunked", **options)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-7)
+
+
 def test_nothing_counts_gives_zero():
     z_s, z_t = normal(3, 4, seed=0), normal(3, 4, seed=1)
     none = torch.zeros(3, dtype=torch.bool)

@@ -24,11 +24,11 @@ def _sweep(
 ) -> tuple[Tensor, Tensor]:
     shape = z_s[block].shape
     s, t = work.get("s", *shape), work.get("t", *shape)
-    s.copy_(z_s[block]).div_(temperature)
-    t.copy_(z_t[block]).div_(temperature)
-    # Classes may be masked with -inf on both sides: two finite numbers have a difference.
-    for logits in (s, t):
-        logits.clamp_(min=low(work.dtype))
+    for logits, z in ((s, z_s[block]), (t, z_t[block])):
+        # Off before the division, which would round the large ones: what they share costs no digits.
+        top = logits.copy_(z).amax(-1, keepdim=True).clamp_min_(low(work.dtype))
+        # Classes may be masked with -inf on both sides: two finite numbers have a difference.
+        logits.sub_(top).div_(temperature).clamp_(min=low(work.dtype))
     return kl_sweep(s, t, work.get("p", *shape))
 
 
