@@ -331,6 +331,7 @@ def test_kd_and_ce_on_a_masked_language_model_count_labelled_tokens():
     labels[0, 2], labels[1, 1], labels[2, 0] = 7, 9, 11
     batch["labels"] = labels
     close(run("kd", teacher, student, batch), kl(labels != -100))
+    close(run("kd(all_tokens=True)", teacher, student, batch), kl(batch["attention_mask"] == 1))
     close(run("ce", teacher, student, batch), F.cross_entropy(z_s.flatten(0, 1), labels.flatten()))
     batch["labels"] = torch.full((3, 8), -100)
     assert run("ce", teacher, student, batch) == 0

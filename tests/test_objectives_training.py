@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import tiny_batch, tiny_model
 
 from bertkd.distiller import Distiller
@@ -149,6 +150,24 @@ def test_presets_read_back_and_name_their_sources(name):
     assert read_objective(preset.objective).terms
     if preset.released:
         assert all(t.released or t.kind == "ce" for t in read_objective(f"{name}@released").terms)
+
+
+def test_distilbert_distils_all_tokens_and_learns_the_masked_ones():
+    teacher = tiny_model("bert", layers=4, head_cls="mlm")
+    student = tiny_model("bert", seed=1, head_cls="mlm")
+    batch = tiny_batch(teacher, length=8)
+    real = batch["attention_mask"].bool()
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, 2] = 7
+    with torch.no_grad():
+        ours, theirs = (m(**batch, output_hidden_states=True) for m in (student, teacher))
+    log_p, p = (F.log_softmax(ours.logits / 2, -1), F.softmax(theirs.logits / 2, -1))
+    expected = 5 * 4 * F.kl_div(log_p[real], p[real], reduction="batchmean")
+    expected += 2 * F.cross_entropy(ours.logits[:, 2], labels[:, 2])
+    cosines = F.cosine_similarity(ours.hidden_states[-1], theirs.hidden_states[-1], dim=-1)
+    expected += (1 - cosines[real]).mean()
+    loss = Distiller(teacher, student, "distilbert").eval()({**batch, "labels": labels}).loss
+    torch.testing.assert_close(loss.detach(), expected)
 
 
 def test_a_preset_in_a_sum_takes_the_weight_before_it():

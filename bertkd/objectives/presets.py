@@ -71,9 +71,9 @@ _ALL = (
     ),
     Preset(
         "distilbert",
-        "5.0*kd(temperature=2.0, t_squared=True) + 2.0*ce + hid_cos(map='last')",
-        "Sanh et al. 2019; transformers' distillation example",
-        "every other teacher block (recalled)",
+        "5.0*kd(temperature=2.0, t_squared=True, all_tokens=True) + 2.0*ce + hid_cos(map='last')",
+        "Sanh et al. 2019; transformers' distillation example, whose kd is over all real tokens",
+        "teacher blocks [0, 2, 4, 7, 9, 11] of 12, embeddings and head",
         note="masked-language-model heads on both sides; labels -100 except at masked tokens",
     ),
     Preset(

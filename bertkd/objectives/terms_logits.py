@@ -58,8 +58,8 @@ class KD(Term):
     """Distillation of logits: T^2 KL(softmax(z_t / T) || softmax(z_s / T)), mean over rows.
 
     Sequence heads have one row per example; token heads one per real token; masked-language-model
-    heads one per position whose label is not -100, or per real token where there are no labels.
-    Regression (one output) is the mean squared difference of the logits.
+    heads one per position whose label is not -100, or per real token where there are no labels or with
+    ``all_tokens=True``. Regression (one output) is the mean squared difference of the logits.
 
     Source: Hinton et al. 2015. The released code's KD baseline uses T = 2 (``@released``).
     """
@@ -73,6 +73,7 @@ class KD(Term):
         *,
         temperature: float = 1.0,
         t_squared: bool = True,
+        all_tokens: bool = False,
         impl: str | None = None,
     ) -> None:
         """Check that both heads give comparable logits.
@@ -91,6 +92,7 @@ class KD(Term):
         _same_labels(setup.student, setup.teacher)
         self.temperature = positive("temperature", temperature)
         self.t_squared = flag("t_squared", t_squared)
+        self.all_tokens = flag("all_tokens", all_tokens)
         self.regression = setup.teacher.problem == "regression"
         self.impl = implementation(impl, setup.impl)
         self._student = setup.student
@@ -104,7 +106,7 @@ class KD(Term):
         z_s, z_t = step.logits("student"), step.logits("teacher")
         if self.regression:
             return F.mse_loss(z_s.float(), z_t.float())
-        rows = _rows_that_count(z_s, step)
+        rows = _rows_that_count(z_s, step, self.all_tokens)
         return functional.softmax_kl(
             z_s,
             z_t,
@@ -192,10 +194,10 @@ class CE(Term):
         return Memory(size, size)
 
 
-def _rows_that_count(logits: Tensor, step: StepContext) -> Tensor | None:
+def _rows_that_count(logits: Tensor, step: StepContext, all_tokens: bool) -> Tensor | None:
     if logits.ndim == 2:
         return None
-    labels = step.batch.get("labels")
+    labels = None if all_tokens else step.batch.get("labels")
     if labels is not None and labels.shape == logits.shape[:2]:
         return labels.to(logits.device) != IGNORED
     return step.mask
