@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -335,6 +336,15 @@ def test_kd_and_ce_on_a_masked_language_model_count_labelled_tokens():
     close(run("ce", teacher, student, batch), F.cross_entropy(z_s.flatten(0, 1), labels.flatten()))
     batch["labels"] = torch.full((3, 8), -100)
     assert run("ce", teacher, student, batch) == 0
+
+
+@pytest.mark.parametrize("objective", ["att_kl", "hid_seq", "hid_cls", "hid_cos"])
+def test_a_layer_map_may_be_an_array(objective):
+    teacher, student = models()
+    pairs = np.array([[0, 1], [1, 3]])
+    batch = tiny_batch(teacher)
+    got = run(objective, teacher, student, batch, layer_map=pairs)
+    assert torch.equal(got, run(objective, teacher, student, batch, layer_map="0:1,1:3"))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ class HidSeq(StateTerm):
         Raises:
             ValueError: a map out of range, or unequal widths with ``project=False``.
         """
-        self.combined = (states.get("map") or setup.layer_map) == "combine"
+        spec = setup.layer_map if states.get("map") is None else states["map"]
+        # A map may be an array, which compares element by element.
+        self.combined = isinstance(spec, str) and spec == "combine"
         if combine_on not in ON:
             raise unknown_name("combine_on", str(combine_on), ON)
         if self.combined:
