@@ -66,8 +66,8 @@ class Contrast(nn.Module, ABC):
         index, labels = self._check(f_s, f_t, index, labels)
         # Scores reach 1 / temperature, whose exponential fp16 cannot hold.
         with torch.autocast(f_s.device.type, enabled=False):
-            v_s = _embed(self.embed_s, f_s)
-            v_t = _embed(self.embed_t, f_t.detach())
+            v_s = F.normalize(linear_float32(self.embed_s, f_s), dim=1)
+            v_t = F.normalize(linear_float32(self.embed_t, f_t.detach()), dim=1)
             return self._loss(v_s, v_t, index, labels)
 
     @abstractmethod
@@ -155,5 +155,6 @@ def _linear(d_in: int, d_out: int, generator: torch.Generator) -> nn.Linear:
     return layer
 
 
-def _embed(layer: nn.Linear, features: Tensor) -> Tensor:
-    return F.normalize(F.linear(features.float(), layer.weight.float(), layer.bias.float()), dim=1)
+def linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)`` in float32, whatever dtype its module was moved to."""
+    return F.linear(x.float(), layer.weight.float(), layer.bias.float())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bertkd.contrast.base import linear_float32
 from bertkd.objectives.base import MappedTerm, Memory, Setup, Shape
 from bertkd.objectives.options import flag
 
@@ -27,11 +27,6 @@ def needs_projection(setup: Setup, project: bool | str, term: str) -> bool:
             f"channels and the teacher's {theirs}; use project='auto' to learn a Linear"
         )
     return bool(project)
-
-
-def linear_float32(layer: nn.Linear, hidden: Tensor) -> Tensor:
-    """``layer(hidden)`` in float32, whatever dtype the objective was moved to."""
-    return F.linear(hidden.float(), layer.weight.float(), layer.bias.float())
 
 
 class StateTerm(MappedTerm):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bertkd.contrast.base import linear_float32
 from bertkd.errors import unknown_name
 from bertkd.layer_maps import MapSpec, Pairs, is_random, state_pairs
 from bertkd.objectives.base import (
@@ -20,7 +21,7 @@ from bertkd.objectives.base import (
     Term,
     register_term,
 )
-from bertkd.objectives.hidden_base import StateTerm, linear_float32, needs_projection
+from bertkd.objectives.hidden_base import StateTerm, needs_projection
 from bertkd.objectives.options import flag
 
 
