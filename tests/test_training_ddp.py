@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import FAST, save_place
+from transformers import AutoModelForSequenceClassification
 
 from bertkd.training import checkpoint
 
 
-def start(folder: Path, **settings) -> subprocess.Popen:
-    script = Path(__file__).with_name("training_two_processes.py")
+def start(*words: str | Path, **settings) -> subprocess.Popen:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment |= {name: str(value) for name, value in settings.items()}
-    return subprocess.Popen([sys.executable, script, folder], env=environment)
+    command = [sys.executable, *map(str, words)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """``together/`` from two processes, ``alone/`` from one."""
-    folder = tmp_path_factory.mktemp("ddp")
+def start_two(*words: str | Path) -> list[subprocess.Popen]:
+    """As ``torchrun --nproc_per_node 2`` does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -34,13 +34,26 @@ def folder(tmp_path_factory):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    processes = [start(folder, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]
-    processes.append(start(folder))
+    return [start(*words, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    """What each has printed, once all have ended well."""
     try:
-        assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes)
     finally:
         for process in processes:
             process.kill()
+    return printed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """``together/`` from two processes, ``alone/`` from one."""
+    folder = tmp_path_factory.mktemp("ddp")
+    script = Path(__file__).with_name("training_two_processes.py")
+    finish([*start_two(script, folder), start(script, folder)])
     return folder
 
 
@@ -72,3 +85,16 @@ def test_the_work_was_shared_and_did_something(folder):
     assert (int(one.tensors["model"]["seen"]), int(two.tensors["model"]["seen"])) == (5, 5 + 12)
     for name, tensor in one.tensors["model"].items():
         assert torch.equal(tensor, two.tensors["model"][name]) == ("unused" in name), name
+
+
+def test_the_command_line_shares_its_work_among_processes(tmp_path):
+    """Contrast with the bank, and a last batch that does not divide, on top."""
+    place = save_place(tmp_path)
+    command = ["-m", "bertkd", "distill", "--task", place["task"], "--teacher", place["teacher"]]
+    command += [*FAST, "--output_dir", tmp_path / "run", "--layers", "uniform:2", "--steps", "3"]
+    command += ["--batch_size", "21", "--objective", "hid_cls_contrast + kd"]
+    first, second = finish(start_two(*command))
+    assert first.count("stage 1 of 1") == 1
+    assert second == ""
+    assert last_of(tmp_path / "run" / "1-distil").documents["run"]["processes"] == 2
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")

@@ -64,14 +64,13 @@ def prepare(config: Config) -> Callable[[], None]:
     Raises:
         ValueError, TypeError, FileNotFoundError: whatever cannot work, by the name of its option.
     """
-    from accelerate import PartialState
-
     from bertkd.study.card import UNTRAINED
     from bertkd.study.files import check_output_dir
     from bertkd.study.jobs import Job, run_job
     from bertkd.study.models import load_model, load_tokenizer
     from bertkd.study.stages import stage_steps
     from bertkd.study.workload import check_labels
+    from bertkd.training.machine import this_process
 
     _check_together(config)
     check_output_dir(config.output_dir, "distill", reuse=bool(config.resume))
@@ -117,7 +116,7 @@ def prepare(config: Config) -> Callable[[], None]:
         for number, stage in enumerate(recipe.stages, start=1)
     )
     untrained = None if any(trains_head) else start
-    say = PartialState().print
+    say = this_process().print
     for number, stage in enumerate(stages, start=1):
         updates = f"{stage_steps(stage, workload):,} updates of {stage.batch_size} examples"
         say(f"\nstage {number} of {len(stages)}: {stage.name}, {updates} from {workload.name}")
@@ -219,11 +218,10 @@ def _head(config: Config, workload: Workload) -> str | None:
 
 
 def _student(config: Config, recipe: Recipe, teacher: Any, workload: Workload) -> Any:
-    from accelerate import PartialState
-
     from bertkd.student import create_student
     from bertkd.study.models import label_config, load_model, saved_head
     from bertkd.study.workload import check_labels
+    from bertkd.training.machine import this_process
 
     if config.student is None:
         return create_student(
@@ -232,7 +230,7 @@ def _student(config: Config, recipe: Recipe, teacher: Any, workload: Workload) -
             hidden_size=recipe.hidden_size,
             copy_head=recipe.copy_head,
             seed=recipe.seed,
-            verbose=PartialState().is_main_process,
+            verbose=this_process().is_main_process,
         )
     labels = {}
     if workload.task is not None and saved_head(config.student, "student") != "labels":

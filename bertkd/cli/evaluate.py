@@ -111,12 +111,11 @@ def _check_output(path: str) -> None:
 
 
 def _run(config: Config, workload: Workload, models: dict[str, Any]) -> None:
-    from accelerate import PartialState
-
     from bertkd.study.files import write_json
     from bertkd.study.jobs import score_table
+    from bertkd.training.machine import this_process
 
-    device = PartialState().device
+    device = this_process().device
     judge = workload.judge(config.scored_split())
     scores = {}
     for name, model in models.items():

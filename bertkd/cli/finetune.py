@@ -36,14 +36,13 @@ def prepare(config: Config) -> Callable[[], None]:
     Raises:
         ValueError, FileNotFoundError: whatever cannot work, by the name of its option.
     """
-    from accelerate import PartialState
-
     from bertkd.compiling import compile_in_place
     from bertkd.study.costs import count_parameters
     from bertkd.study.files import check_output_dir
     from bertkd.study.jobs import Job, run_job
     from bertkd.study.models import label_config, load_model, load_tokenizer
     from bertkd.study.stages import stage_steps
+    from bertkd.training.machine import this_process
     from bertkd.training.run_record import identity
     from bertkd.training.supervised import Supervised
 
@@ -76,7 +75,7 @@ def prepare(config: Config) -> Callable[[], None]:
         resume=config.resume,
         log_with=config.trackers(),
     )
-    PartialState().print(
+    this_process().print(
         f"task {workload.name}: {len(workload.train):,} training rows, {workload.task.num_labels} "
         f"labels\nmodel {config.model}: {count_parameters(model):,} parameters\n"
         f"{stage_steps(stage, workload):,} updates of {stage.batch_size} examples"

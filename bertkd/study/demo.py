@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-
 from bertkd.data import load_retrieval
 from bertkd.distiller import Distiller
 from bertkd.student import create_student
@@ -24,6 +22,7 @@ from bertkd.study.retrieval import RetrievalJudge, score_similarities
 from bertkd.study.stages import ticking
 from bertkd.study.workload import RETRIEVAL, Workload, load_workload
 from bertkd.training.loop import train
+from bertkd.training.machine import this_process
 from bertkd.training.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def _read(teacher_dir: Path, recipe: Recipe, progress: Progress) -> _Setting:
         tokenizer = load_tokenizer(teacher_dir, "teacher")
         # Without dropout the student is trained as the very function that is used later.
         teacher = load_model(teacher_dir, "teacher", **dict.fromkeys(DROPOUTS, 0.0))
-        teacher.to(PartialState().device)
+        teacher.to(this_process().device)
         workload = load_workload(RETRIEVAL, tokenizer, recipe.max_length)
         small = load_retrieval(split="validation", max_queries=CURVE_QUERIES)
         curve = RetrievalJudge(small.queries, small.documents, tokenizer)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
 from torch import nn
 
 import bertkd
@@ -30,6 +29,7 @@ from bertkd.study.table import Table
 from bertkd.study.workload import RETRIEVAL, Scores, Workload, judge_all
 from bertkd.training.exporting import export
 from bertkd.training.loop import TrainResult
+from bertkd.training.machine import this_process
 from bertkd.training.recipe import Stage
 
 
@@ -80,7 +80,7 @@ def run_job(job: Job) -> Path:
         ValueError: the output folder cannot be used.
         CheckpointError, NonFiniteError: as ``train``.
     """
-    state = PartialState()
+    state = this_process()
     workload, scores = job.workload, {}
     # All processes must have looked at the folder before one of them signs it.
     state.wait_for_everyone()
@@ -181,7 +181,7 @@ def _card(job: Job, scores: Mapping[str, Scores], table: Table, seconds: float, 
             results=own[split] if split else {},
             dataset=job.workload.name,
             task=tasks.get(head, "feature-extraction"),
-            cost={"training time": duration(seconds), "device": str(PartialState().device)},
+            cost={"training time": duration(seconds), "device": str(this_process().device)},
             usage=usage,
             base_model=hub_name,
             limits=[UNTRAINED[job.untrained_head]] if job.untrained_head is not None else [],

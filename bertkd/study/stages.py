@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 
 from bertkd.data import LengthBucketSampler
@@ -16,6 +15,7 @@ from bertkd.study.progress import Progress, Tick
 from bertkd.study.workload import Workload
 from bertkd.training import checkpoint
 from bertkd.training.loop import TrainResult, train
+from bertkd.training.machine import this_process
 from bertkd.training.recipe import Stage
 from bertkd.training.schedule import stage_lengths
 
@@ -81,7 +81,7 @@ def run_stages(
     bars = sys.stderr.isatty()
     progress = Progress(
         {stage.name: total for stage, total in zip(stages, totals, strict=True)},
-        enabled=not bars and PartialState().is_main_process,
+        enabled=not bars and this_process().is_main_process,
     )
     results = []
     for number, (stage, total) in enumerate(zip(stages, totals, strict=True), start=1):

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
 from torch import nn
 
 from bertkd.distiller import Distiller
@@ -27,6 +26,7 @@ from bertkd.study.topic_report import Run, write_report
 from bertkd.study.workload import Workload, judge_all, load_workload
 from bertkd.training.exporting import export
 from bertkd.training.loop import train
+from bertkd.training.machine import this_process
 from bertkd.training.recipe import Recipe, Stage
 from bertkd.training.supervised import Supervised
 
@@ -243,7 +243,7 @@ def _teacher(
     workload: Workload,
     progress: Progress,
 ) -> tuple[PreTrainedModel, Run]:
-    path, device = lesson.folder / "model", PartialState().device
+    path, device = lesson.folder / "model", this_process().device
     if run is not None:
         return load_model(path, "teacher", "labels").to(device), run
     teacher = load_model(study.model, "model", "labels", **label_config(workload.task)).to(device)

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, parse_flag_from_env
 from torch import Tensor, nn
 
 from bertkd.errors import unknown_name
@@ -21,6 +22,15 @@ _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 logger = logging.getLogger(__name__)
+
+
+def this_process() -> PartialState:
+    """Which of a run's processes this is, and its device.
+
+    Accelerate takes processes without a GPU for strangers to each other unless it hears of the CPU at its first call.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu)
 
 
 def make_accelerator(
@@ -40,6 +50,7 @@ def make_accelerator(
         ValueError: an unknown tracker, or fp16 without a GPU.
         ImportError: a tracker that is not installed.
     """
+    this_process()
     mixed_precision = _PRECISION[precision]
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") != mixed_precision:
@@ -62,7 +73,7 @@ def check_machine(precision: str, log_with: str | Sequence[str] | None = None) -
     Raises:
         ValueError, ImportError: as ``make_accelerator``.
     """
-    _check_precision(precision, PartialState().device.type)
+    _check_precision(precision, this_process().device.type)
     for name in _names(log_with):
         _is_installed(name)
 
