@@ -11,6 +11,10 @@ from huggingface_hub import ModelCard
 from tiny_task import review_rows, save_tiny_model
 from transformers import AutoModelForSequenceClassification
 
+from bertkd.cli.main import main
+from bertkd.study import stages
+from bertkd.training import loop
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -98,3 +102,44 @@ def test_a_stage_is_not_judged_by_a_head_that_nothing_has_trained(place, tmp_pat
     text = capsys.readouterr().err
     assert "stage 'inner' is to be judged by accuracy, but 'att_kl' does not train" in text
     assert distill(place, tmp_path / "out", *words, "--copy_head") == 0
+
+
+@pytest.mark.parametrize("data", ["task", "text"])
+def test_a_stage_is_not_judged_by_a_score_that_there_will_not_be(place, tmp_path, data, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the film was good\n" * 40)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "max_length: 16\nteacher: {objective: ce, steps: 2, metric: pearson}\nstages:\n"
+        "- {name: inner, objective: att_kl, steps: 2}\n"
+        "- {name: outer, objective: att_kl, steps: 2, metric: pearson}\n"
+    )
+    words = ["--recipe", str(recipe), f"--{data}", place["task"] if data == "task" else str(texts)]
+    assert distill(place, tmp_path / "out", *words) == 2
+    text = capsys.readouterr().err
+    has = (
+        "reviews has accuracy, f1; " if data == "task" else "texts.txt has nothing to score with; "
+    )
+    assert "stage 'outer' is to be judged by metric='pearson', but " in text
+    assert has in text
+    if data == "task":
+        model = ["--model", place["teacher"], "--output_dir", str(tmp_path / "out")]
+        assert main(["finetune", *model, *words]) == 2
+        assert "is to be judged by metric='pearson'" in capsys.readouterr().err
+
+
+def test_a_student_is_compared_with_its_teacher_by_the_same_score(place, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages:\n- {objective: kd, steps: 2, metric: f1}\n")
+    compared = []
+
+    def train(*given, teacher_score, **options):
+        compared.append(teacher_score)
+        return loop.train(*given, teacher_score=teacher_score, **options)
+
+    monkeypatch.setattr(stages, "train", train)
+    words = ["--recipe", str(recipe), "--task", place["task"]]
+    assert distill(place, tmp_path / "out", *words) == 0
+    teacher = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["teacher"]
+    assert compared == [teacher["validation"]["f1"]]
+    assert teacher["validation"]["f1"] != teacher["validation"]["accuracy"]

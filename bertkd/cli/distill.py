@@ -280,8 +280,10 @@ def _judged(stage: Stage, trains_head: list[bool], start: str | None, workload: 
         workload: data and judges.
 
     Raises:
-        ValueError: the stage is to be judged by the outputs of a head that nothing has trained.
+        ValueError: the stage is to be judged by the outputs of a head that nothing has trained, or by a score
+            that there will not be.
     """
+    workload.check_metric(stage)
     if stage.eval_every is None or not workload.judges:
         return stage
     if stage.metric is None:

@@ -98,7 +98,7 @@ def run_job(job: Job) -> Path:
         seed=job.seed,
         log_with=job.log_with,
         settings=job.settings,
-        teacher_score=scores.get("teacher", {}).get("validation", {}).get(workload.metric),
+        teacher_scores=scores.get("teacher", {}).get("validation"),
     )
     role = "student" if job.teacher is not None else "model"
     scores[role] = {} if job.untrained_head == "new" else judge_all(job.student, workload)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def run_stages(
     *,
     output_dir: Path,
     resume: bool | str = False,
+    teacher_scores: Mapping[str, float] | None = None,
     **options: Any,
 ) -> list[TrainResult]:
     """Train through ``stages`` in order, each in its own folder ``<number>-<name>``.
@@ -75,7 +76,8 @@ def run_stages(
         workload: data and judge.
         output_dir: parent of the stages' folders.
         resume: as ``train`` takes it.
-        options: everything else ``train`` takes, e.g. ``seed``, ``log_with``, ``teacher_score``.
+        teacher_scores: the teacher's on the validation split, by name.
+        options: everything else ``train`` takes, e.g. ``seed``, ``log_with``.
     """
     totals = [stage_steps(stage, workload) for stage in stages]
     bars = sys.stderr.isatty()
@@ -101,6 +103,7 @@ def run_stages(
                 collate=workload.collate,
                 eval_fn=workload.judge("validation") if stage.metric else None,
                 resume=resume,
+                teacher_score=(teacher_scores or {}).get(stage.metric or ""),
                 progress=bars,
                 **options,
             )

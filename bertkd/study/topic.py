@@ -135,7 +135,7 @@ class _Attempt:
         build: Callable[[Stage], nn.Module],
         workload: Workload,
         progress: Progress,
-        teacher_score: float | None = None,
+        teacher_scores: Mapping[str, float] | None = None,
         save: Callable[[], object] = lambda: None,
     ) -> Run:
         """Train and judge ``model``; ``save`` is called before the run counts as finished."""
@@ -156,7 +156,7 @@ class _Attempt:
                         eval_fn=workload.judge("validation") if stage.metric else None,
                         seed=self.seed,
                         log_with=None,
-                        teacher_score=teacher_score,
+                        teacher_score=(teacher_scores or {}).get(stage.metric or ""),
                         progress=False,
                     )
                 seen = f"eval_{workload.metric}"
@@ -188,6 +188,9 @@ def run_topic(study: TopicStudy) -> list[Run]:
             f"task={study.recipe.task!r} has no labelled test split, and this study compares test "
             f"scores. Its splits: {', '.join(workload.judges)}."
         )
+    stages = [stage for method in study.methods().values() for stage in method]
+    for stage in (study.teacher_stage(), *stages):
+        workload.check_metric(stage)
     claim_output_dir(study.output_dir, "study topic", reuse=True)
     lesson = _Attempt(
         "teacher",
@@ -218,9 +221,9 @@ def run_topic(study: TopicStudy) -> list[Run]:
         if run is None:
             student = create_student(teacher, study.recipe.layers, seed=attempt.seed, verbose=False)
             build = partial(_module, teacher, student, attempt.seed)
-            accuracy = first.scores["validation"][workload.metric]
+            lesson_scores = first.scores["validation"]
             try:
-                run = attempt.train(student, build, workload, progress, accuracy)
+                run = attempt.train(student, build, workload, progress, lesson_scores)
             except NonFiniteError as error:
                 failed.append(f"{attempt.name}: {error}")
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -26,6 +26,9 @@ from bertkd.study.retrieval import RetrievalJudge
 from bertkd.training.evaluate import predict
 from bertkd.training.metrics import compute_metrics
 
+if TYPE_CHECKING:
+    from bertkd.training.recipe import Stage
+
 RETRIEVAL = "pydocs-retrieval"
 
 
@@ -45,6 +48,7 @@ class Workload:
         judges: split -> function from a model to its scores by name; empty for plain text.
         metric: the score that says which checkpoint is best.
         task: the labelled task, where it is one.
+        metrics: names of all scores.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Workload:
     judges: Mapping[str, Judge] = field(default_factory=dict)
     metric: str | None = None
     task: TaskData | None = None
+    metrics: tuple[str, ...] = ()
 
     def judge(self, split: str) -> Judge:
         """The judge of one split.
@@ -67,6 +72,22 @@ class Workload:
                 f"split={split!r}: {self.name} has no such split. Its splits: {known}."
             )
         return self.judges[split]
+
+    def check_metric(self, stage: Stage) -> None:
+        """Refuse a stage that is to be judged by a score that there will not be.
+
+        Raises:
+            ValueError: naming the stage, its ``metric`` and the scores that there are.
+        """
+        if stage.metric is None or stage.eval_every is None or stage.metric in self.metrics:
+            return
+        has, remedy = "nothing to score with", "metric: null"
+        if self.metrics:
+            has, remedy = ", ".join(self.metrics), f"{remedy}, or one of them"
+        raise ValueError(
+            f"stage {stage.name!r} is to be judged by metric={stage.metric!r}, but {self.name} has {has}; "
+            f"give the stage {remedy}."
+        )
 
     def compare_with(self, teacher: nn.Module) -> None:
         """Let the judges of sentence embeddings compare with this teacher's similarities."""
@@ -98,7 +119,16 @@ def load_workload(task: str, tokenizer: Any, max_length: int, **columns: Any) ->
     judges = {
         name: _label_judge(data, rows, collate) for name, rows in splits.items() if rows is not None
     }
-    return Workload(data.name, "labels", data.train, collate, judges, data.primary_metric, data)
+    return Workload(
+        data.name,
+        "labels",
+        data.train,
+        collate,
+        judges,
+        data.primary_metric,
+        data,
+        metrics=data.metric_names,
+    )
 
 
 def load_text(source: str, tokenizer: Any, max_length: int, *, masked: bool = False) -> Workload:
@@ -189,4 +219,5 @@ def _retrieval(tokenizer: Any, max_length: int) -> Workload:
     }
     texts = splits["validation"].train_texts
     rows = encode_texts(texts, RETRIEVAL, tokenizer, max_length)
-    return Workload(RETRIEVAL, None, rows, Collator(tokenizer), judges, "mrr")
+    names = ("mrr", "top1", "spearman")
+    return Workload(RETRIEVAL, None, rows, Collator(tokenizer), judges, "mrr", metrics=names)
