@@ -72,6 +72,20 @@ def test_models_are_loaded_or_refused_by_name(tmp_path):
         load_tokenizer(tmp_path / "empty", "teacher")
 
 
+def test_texts_and_their_padding_end_where_the_positions_of_the_model_do(tmp_path):
+    tokenizer = load_tokenizer(
+        save_tiny_model(tmp_path / "model", max_position_embeddings=13), "model"
+    )
+    task = save_reviews(tmp_path / "reviews")
+    with pytest.raises(
+        ValueError, match="max_length=16 is more than this tokenizer's model_max_len"
+    ):
+        load_workload(task, tokenizer, 16)
+    workload = load_workload(task, tokenizer, 13)
+    batch = workload.collate([workload.train[row] for row in range(len(workload.train))])
+    assert batch["input_ids"].shape[1] <= 13
+
+
 def test_a_head_for_other_labels_is_refused_with_both_numbers(tmp_path):
     path = save_tiny_model(tmp_path / "model", head_cls="sequence", num_labels=3)
     with pytest.raises(ValueError, match=r"model='.*its head has 3 labels, but the task has 2\."):

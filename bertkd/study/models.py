@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,15 +33,23 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_tokenizer(path: str | os.PathLike[str], argument: str) -> Any:
-    """The tokenizer of a checkpoint.
+    """The tokenizer of a checkpoint, which takes no more tokens than the model has positions.
 
     Raises:
         ValueError: nothing there, or no tokenizer beside the model; names ``argument``.
     """
     from transformers import AutoTokenizer
 
+    from bertkd.encoders import describe_config
+    from bertkd.errors import UnsupportedEncoderError
+
     with quiet_transformers(), _said_plainly(path, argument, "a tokenizer"):
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    # Many state no limit, and texts or their padding would run past the last position.
+    with contextlib.suppress(UnsupportedEncoderError):
+        most = describe_config(load_config(path, argument)).max_positions
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most or math.inf)
+    return tokenizer
 
 
 def load_model(
