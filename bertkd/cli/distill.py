@@ -67,7 +67,7 @@ def prepare(config: Config) -> Callable[[], None]:
     from bertkd.study.card import UNTRAINED
     from bertkd.study.files import check_output_dir
     from bertkd.study.jobs import Job, run_job
-    from bertkd.study.models import load_model, load_tokenizer
+    from bertkd.study.models import load_model, load_tokenizer, saved_head
     from bertkd.study.stages import stage_steps
     from bertkd.study.workload import check_labels
     from bertkd.training.machine import this_process
@@ -82,7 +82,8 @@ def prepare(config: Config) -> Callable[[], None]:
     teacher = load_model(config.teacher, "teacher", head)
     if workload.task is not None:
         check_labels(teacher, workload.task, "teacher")
-    student = _student(config, recipe, teacher, workload)
+    own_head = saved_head(config.student, "student") if config.student is not None else None
+    student = _student(config, recipe, teacher, workload, own_head)
     settings = _settings(config, recipe, teacher, student)
     facts = {"student made of": config.student or f"the teacher's blocks {recipe.layers}"}
     if config.teacher_precision != "fp32":
@@ -110,7 +111,7 @@ def prepare(config: Config) -> Callable[[], None]:
 
     # Every stage is built once before any is trained, so that a mistake in the last one shows now.
     trains_head = [build(stage).uses_student_logits for stage in recipe.stages]
-    start = _head_at_start(config, recipe, workload)
+    start = _head_at_start(config, recipe, workload, own_head)
     stages = tuple(
         _judged(stage, trains_head[:number], start, workload)
         for number, stage in enumerate(recipe.stages, start=1)
@@ -217,9 +218,11 @@ def _head(config: Config, workload: Workload) -> str | None:
     return workload.head
 
 
-def _student(config: Config, recipe: Recipe, teacher: Any, workload: Workload) -> Any:
+def _student(
+    config: Config, recipe: Recipe, teacher: Any, workload: Workload, own_head: str | None
+) -> Any:
     from bertkd.student import create_student
-    from bertkd.study.models import label_config, load_model, saved_head
+    from bertkd.study.models import label_config, load_model
     from bertkd.study.workload import check_labels
     from bertkd.training.machine import this_process
 
@@ -233,7 +236,7 @@ def _student(config: Config, recipe: Recipe, teacher: Any, workload: Workload) -
             verbose=this_process().is_main_process,
         )
     labels = {}
-    if workload.task is not None and saved_head(config.student, "student") != "labels":
+    if workload.task is not None and own_head != "labels":
         labels = label_config(workload.task)
     student = load_model(config.student, "student", workload.head, seed=recipe.seed, **labels)
     if workload.task is not None:
@@ -258,16 +261,14 @@ def _settings(config: Config, recipe: Recipe, teacher: Any, student: Any) -> dic
 
 
 def _head_at_start(
-    config: Config, recipe: Recipe, workload: Workload
+    config: Config, recipe: Recipe, workload: Workload, own_head: str | None
 ) -> Literal["new", "copied"] | None:
     """Where the task head comes from before any stage trains it; None where there is none."""
-    from bertkd.study.models import saved_head
-
     if workload.head is None:
         return None
     if config.student is None:
         return "copied" if recipe.copy_head else "new"
-    return "copied" if saved_head(config.student, "student") == workload.head else "new"
+    return "copied" if own_head == workload.head else "new"
 
 
 def _judged(stage: Stage, trains_head: list[bool], start: str | None, workload: Workload) -> Stage:
