@@ -18,6 +18,12 @@ _STARTS = "_bertkd_start_listeners"
 _INPUTS = "_bertkd_input_listeners"
 _OUTPUTS = "_bertkd_output_listeners"
 
+REENTRANT = (
+    "reentrant gradient checkpointing hides gradients from captured tensors. Use "
+    'model.gradient_checkpointing_enable({"use_reentrant": False}), or of PyTorch\'s checkpoint_wrapper '
+    "checkpoint_impl=CheckpointImpl.NO_REENTRANT."
+)
+
 
 @dataclass(repr=False, eq=False)
 class Recording:
@@ -68,6 +74,7 @@ class Session:
         self.stop = stop
         self.instead_of_sdpa, self.has_pads = instead_of_sdpa, has_pads
         self.started = False
+        self._grad = torch.is_grad_enabled()
         self._undo = ExitStack()
 
     # Not for torch.compile to trace, when a caller around the capture is compiled.
@@ -110,6 +117,7 @@ class Session:
     def note_attention(self, block: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> None:
         if block not in self.blocks:
             return
+        self._refuse_hidden_gradients()
         scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
         recording = self.recording
         for part, tensor in (("q", q), ("k", k), ("v", v)):
@@ -122,6 +130,7 @@ class Session:
 
     def note_state(self, index: int, state: Tensor) -> None:
         if index in self.states:
+            self._refuse_hidden_gradients()
             self.recording.states[index] = state
             self._stop_if_complete()
 
@@ -130,6 +139,11 @@ class Session:
         recording = self.recording
         blocks = [f"block {i}" for i in sorted(self.blocks - recording.scale.keys())]
         return blocks + [f"state {i}" for i in sorted(self.states - recording.states.keys())]
+
+    def _refuse_hidden_gradients(self) -> None:
+        # Reentrant checkpoints run what they hold without gradients, whoever has set them.
+        if self._grad and not torch.is_grad_enabled():
+            raise ValueError(REENTRANT)
 
     def _stop_if_complete(self) -> None:
         # A compiled graph cannot be left midway.

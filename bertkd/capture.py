@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bertkd._session import Recording, Session, Stop
+from bertkd._session import REENTRANT, Recording, Session, Stop
 from bertkd.encoders import base_model, block_list, describe
 
 __all__ = ["Capture", "Recording"]
@@ -105,7 +105,9 @@ class Capture:
             if block.training and getattr(block, "gradient_checkpointing", False)
         ]
         _refuse_reentrant(checkpointing)
-        instead = None if checkpointing else self.instead_of_sdpa
+        instead = self.instead_of_sdpa
+        if instead is not None and (checkpointing or _has_checkpoint_wrapper(self.model)):
+            instead = None
         # An abandoned forward would leave a distributed wrapper in the middle of its bookkeeping,
         # and a checkpoint with its hooks on saved tensors.
         modules = (self.model, base_model(self.model), *blocks)
@@ -129,10 +131,14 @@ def _refuse_reentrant(checkpointing: Iterable[Any]) -> None:
     for function in checkpointing:
         # Checkpointing is reentrant unless it is told not to be.
         if getattr(function, "keywords", {}).get("use_reentrant") is not False:
-            raise ValueError(
-                "reentrant gradient checkpointing hides gradients from captured tensors. Use "
-                'model.gradient_checkpointing_enable({"use_reentrant": False}).'
-            )
+            raise ValueError(REENTRANT)
+
+
+def _has_checkpoint_wrapper(model: nn.Module) -> bool:
+    """Whether PyTorch's own ``checkpoint_wrapper`` (FSDP's way of checkpointing) is around some module of ``model``."""
+    return torch.is_grad_enabled() and any(
+        type(module).__name__ == "CheckpointWrapper" for module in model.modules()
+    )
 
 
 def _is_distributed(module: nn.Module) -> bool:

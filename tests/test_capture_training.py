@@ -1,12 +1,20 @@
 """Gradients through captured tensors, dropout, and gradient checkpointing."""
 
+import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from tiny_models import MODEL_TYPES, tiny_batch, tiny_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from bertkd.capture import Capture
+from bertkd.encoders import block_list
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 CHECKPOINTED = [name for name in MODEL_TYPES if name != "albert"]
@@ -125,6 +133,37 @@ def test_reentrant_checkpointing_is_refused_only_in_training():
         model.eval()
         assert capture(**batch).q[0].requires_grad
         model.train()
+
+
+@pytest.mark.parametrize("model_type", ["albert", "bert", "modernbert"])
+def test_pytorchs_checkpoint_wrapper_changes_nothing_or_is_refused(model_type):
+    """FSDP's way of checkpointing; a reentrant one runs its block without gradients."""
+    model = tiny_model(model_type, layers=3)
+    batch = tiny_batch(model)
+    wanted = {"blocks": [0, 2], "states": [0, 1, 3], "instead_of_sdpa": "bertkd_cpu"}
+    captured_loss(Capture(model, **wanted)(**batch)).backward()
+    want = gradients(model)
+    for kind in (CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT):
+        wrapped = copy.deepcopy(model)
+        originals = {id(block) for block in block_list(wrapped)}
+        apply_activation_checkpointing(
+            wrapped,
+            checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=kind),
+            check_fn=lambda module, ids=originals: id(module) in ids,
+        )
+        capture = Capture(wrapped, **wanted)
+        if kind is CheckpointImpl.REENTRANT:
+            with pytest.raises(ValueError, match=r"reentrant.*NO_REENTRANT"):
+                capture(**batch)
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert len(capture(**batch).q) == 2
+            continue
+        captured_loss(capture(**batch)).backward()
+        got = gradients(wrapped)
+        assert_same_gradients(
+            {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in got.items()}, want
+        )
 
 
 def test_stopping_early_is_left_out_under_checkpointing():
