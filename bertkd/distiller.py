@@ -21,7 +21,7 @@ from bertkd.objectives import Expression, Needs, Objective, StepContext, build_o
 from bertkd.objectives.base import Side
 from bertkd.objectives.batch import check_batch
 from bertkd.objectives.options import not_negative
-from bertkd.objectives.sides import check_models, model_inputs
+from bertkd.objectives.sides import check_models, check_wrapper, model_inputs
 from bertkd.ops.checks import HALVES
 from bertkd.ops.dispatch import requested
 from bertkd.plan import Plan, make_plan
@@ -112,6 +112,7 @@ class Distiller(nn.Module):
             num_examples=num_examples,
             seed=seed,
         )
+        check_wrapper(student, self.uses_student_logits)
         self.finite_checks: bool | None = None
         # A tuple keeps nn.Module from registering the teacher.
         self._teacher: tuple[Any] = (teacher.requires_grad_(False).eval(),)

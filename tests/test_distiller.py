@@ -348,6 +348,16 @@ def test_ddp_needs_no_search_for_unused_parameters_where_logits_are_used(process
         wrapped(tiny_batch(teacher, labels=True)).loss.backward()
 
 
+def test_a_student_in_ddp_is_refused_where_its_output_is_not_used(process_group):
+    teacher, student = models("sequence")
+    wrapped = DistributedDataParallel(student)
+    with pytest.raises(ValueError, match="wrap the Distiller instead"):
+        Distiller(teacher, wrapped, BOTH)
+    distiller = Distiller(teacher, wrapped, f"{BOTH} + kd")
+    for _ in range(2):
+        distiller(tiny_batch(teacher, labels=True)).loss.backward()
+
+
 def test_a_compiled_student_gives_the_same_loss_and_gradients():
     teacher, student = models("sequence")
     batch = tiny_batch(teacher, labels=True)

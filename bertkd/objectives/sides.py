@@ -105,6 +105,25 @@ def check_models(
     _check_tokenizers(student_tokenizer, teacher_tokenizer, ours, theirs)
 
 
+def check_wrapper(student: nn.Module, uses_logits: bool) -> None:
+    """Refuse a student in DDP whose logits no term reads.
+
+    DDP waits for gradients of everything its output depends on. Pooler, head and what lies above the last matched
+    layer get none, so that gradients are not exchanged, and the second step fails.
+
+    Raises:
+        ValueError: see above.
+    """
+    if uses_logits:
+        return
+    if isinstance(getattr(student, "_orig_mod", student), nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "student is in DistributedDataParallel, which would wait for gradients of all its output while no term "
+            "reads that: wrap the Distiller instead, DistributedDataParallel(Distiller(teacher, student.module, ...), "
+            "find_unused_parameters=True)"
+        )
+
+
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The part of a batch that ``model.forward`` takes, without anything that holds labels.
 
