@@ -116,7 +116,7 @@ class Distiller(nn.Module):
         self.finite_checks: bool | None = None
         # A tuple keeps nn.Module from registering the teacher.
         self._teacher: tuple[Any] = (teacher.requires_grad_(False).eval(),)
-        self._teacher[0].to(next(student.parameters()).device)
+        self._take_teacher_along()
         wanted = requested(impl) in ("auto", "native")
         self._chooses_attention = attention == "auto" and wanted
 
@@ -274,10 +274,14 @@ class Distiller(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         """Move the teacher along with ``.to(device)``, but leave its dtype alone."""
         super()._apply(fn, recurse)
+        self._take_teacher_along()
+        return self
+
+    def _take_teacher_along(self) -> None:
         device = next(self.student.parameters()).device
+        # On "meta" its weights would be lost.
         if device.type != "meta":
             self._teacher[0].to(device)
-        return self
 
     def _instead_of_sdpa(self, model: nn.Module) -> str | None:
         """The attention implementation that a model is lent for a forward, or None if it keeps its own."""

@@ -194,6 +194,15 @@ def test_shared_or_frozen_parameters():
     refused("att_kl", "no trainable parameter", student=frozen)
 
 
+def test_models_without_weights():
+    empty = tiny_model("bert", layers=4).to("meta")
+    refused("att_kl", "teacher's weights are not loaded", teacher=empty)
+    teacher = tiny_model("bert", layers=4)
+    distiller = Distiller(teacher, tiny_model("bert", layers=2).to("meta"), "att_kl")
+    assert teacher.device.type == "cpu"
+    assert "att_kl" in str(distiller.plan())
+
+
 def test_a_teacher_that_takes_no_mask():
     class Unmasked(type(tiny_model("bert"))):
         def forward(self, input_ids):

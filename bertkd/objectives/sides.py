@@ -73,7 +73,7 @@ def check_models(
 
     Raises:
         TypeError: one of them is no model, such as a path.
-        ValueError: shared parameters, nothing to train, or different vocabularies.
+        ValueError: shared parameters, nothing to train, a teacher without weights, or different vocabularies.
     """
     for role, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
@@ -90,6 +90,12 @@ def check_models(
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError(
             "the student has no trainable parameter; call student.requires_grad_(True)"
+        )
+    on_meta = any(p.is_meta for p in teacher.parameters())
+    if on_meta and not any(p.is_meta for p in student.parameters()):
+        raise ValueError(
+            "the teacher's weights are not loaded, they are on device 'meta': load it with from_pretrained, "
+            "without a device_map that offloads"
         )
     if (student_tokenizer is None) != (teacher_tokenizer is None):
         raise ValueError("give both teacher_tokenizer and student_tokenizer, or neither")
