@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from build_support.plan import Plan
+from build_support.toolchain import nvcc_host
 
 # -ffast-math would fold the exponential's rounding trick away.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -71,7 +72,7 @@ def compile_steps(plan: Plan, root: Path, folder: Path) -> list[Step]:
     if "cuda" in plan.parts:
         archs = gencode(plan.cuda_archs, plan.cuda_ptx)
         host = NVCC_HOST_FLAGS + (",-Werror" if strict else "")
-        command = [str(plan.nvcc_path), *NVCC_FLAGS, *archs, "-ccbin", plan.cxx[-1]]
+        command = [str(plan.nvcc_path), *NVCC_FLAGS, *archs, *nvcc_host(plan.cxx)]
         command += ["-Xcompiler", host, *(["-Werror", "all-warnings"] if strict else [])]
         for source in sorted((csrc / "cuda").glob("*.cu")):
             steps.append(Step(source, folder / f"{source.stem}_cu.o", [*command, f"-I{csrc}"]))

@@ -101,16 +101,17 @@ def _plan_cuda(plan: Plan, root: Path) -> None:
         if not list((root / "csrc" / "cuda").glob("*.cu")):
             raise Missing("this source tree has no csrc/cuda/*.cu")
         plan.nvcc_path = toolchain.find_nvcc()
+        # Probed first: to find its library it is run again, and must be known to run.
+        version, known = toolchain.probe_nvcc(plan.nvcc_path, plan.cxx)
         plan.cudart = toolchain.find_cudart(plan.nvcc_path)
-        plan.nvcc, known = toolchain.probe_nvcc(plan.nvcc_path, plan.cxx)
     except Missing as error:
         plan.missing["cuda"] = str(error)
         return
     plan.cuda_archs = toolchain.choose_archs(known)
     if not plan.cuda_archs:
-        plan.nvcc, plan.missing["cuda"] = None, f"nvcc {plan.nvcc} knows no architecture from 80 up"
+        plan.missing["cuda"] = f"nvcc {version} knows no architecture from 80 up"
         return
-    plan.cuda_ptx = toolchain.ptx_arch(plan.cuda_archs)
+    plan.nvcc, plan.cuda_ptx = version, toolchain.ptx_arch(plan.cuda_archs)
     plan.parts.append("cuda")
 
 

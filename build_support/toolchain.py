@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 
 DEFAULT_ARCHS = ("80", "86", "89", "90a", "100", "120")
@@ -141,6 +142,12 @@ def _toolkit(nvcc: Path) -> Path:
     return Path(found[1]) if found else nvcc.parent.parent
 
 
+def nvcc_host(cxx: list[str]) -> list[str]:
+    """nvcc's arguments for the host compiler: of ``ccache g++ -m64`` the program is g++, with a flag."""
+    words = list(takewhile(lambda word: not word.startswith("-"), cxx))
+    return ["-ccbin", words[-1], *(f"-Xcompiler={flag}" for flag in cxx[len(words) :])]
+
+
 def probe_nvcc(nvcc: Path, cxx: list[str]) -> tuple[str, list[int]]:
     """Compile an empty kernel with this host compiler; nvcc's version and the architectures it knows."""
     said = run([str(nvcc), "--version"])
@@ -150,7 +157,7 @@ def probe_nvcc(nvcc: Path, cxx: list[str]) -> tuple[str, list[int]]:
         source = Path(folder) / "probe.cu"
         source.write_text(_NVCC_PROBE)
         output = str(Path(folder) / "probe.o")
-        run([str(nvcc), "-std=c++17", "-ccbin", cxx[-1], "-c", str(source), "-o", output])
+        run([str(nvcc), "-std=c++17", *nvcc_host(cxx), "-c", str(source), "-o", output])
     return version[1] if version else "unknown", [int(arch) for arch in known]
 
 

@@ -311,19 +311,28 @@ def test_a_setuptools_that_cannot_read_the_project_is_named(monkeypatch):
             commands.setup_arguments([command])
 
 
-def test_what_was_not_asked_for_is_left_out_with_a_reason(monkeypatch):
+def test_what_was_not_asked_for_is_left_out_with_a_reason(monkeypatch, tmp_path):
     needs_compiler()
     found = make_plan(monkeypatch, CUDA_HOME="/nowhere")
     assert found.parts == ["cpu"]
     assert found.sentence() == (
         "bertkd: cpu; no cuda: CUDA_HOME=/nowhere has no bin/nvcc (correct or unset it)"
     )
+    # As in a copy of a toolkit that lost its modes.
+    (tmp_path / "nvcc").touch(0o644)
+    found = make_plan(monkeypatch, BERTKD_NVCC=str(tmp_path / "nvcc"))
+    assert found.missing["cuda"] == f"{tmp_path}/nvcc cannot be run (Permission denied)"
     found = make_plan(monkeypatch, CXX="no-such-c++")
     assert found.parts == []
     assert found.sentence().startswith("bertkd: pure Python; no cpu: CXX=no-such-c++")
     # "false" is a program that fails at whatever it is asked.
     found = make_plan(monkeypatch, CXX="false")
     assert found.parts == []
+
+
+def test_flags_of_the_compiler_are_no_compiler_of_nvcc():
+    assert toolchain.nvcc_host(["g++"]) == ["-ccbin", "g++"]
+    assert toolchain.nvcc_host(["ccache", "g++", "-m64"]) == ["-ccbin", "g++", "-Xcompiler=-m64"]
 
 
 KNOWN = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
