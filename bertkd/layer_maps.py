@@ -163,7 +163,7 @@ def _named_blocks(
         return ((num_student - 1, num_teacher - 1),)
     if name == "random":
         _refuse_deeper(name, num_student, num_teacher)
-        drawn = torch.randperm(num_teacher, generator=generator)[:num_student]
+        drawn = torch.randperm(num_teacher, generator=generator, device="cpu")[:num_student]
         return tuple(enumerate(sorted(drawn.tolist())))
     raise unknown_name("layer map", name, BLOCK_MAPS)
 

@@ -180,8 +180,22 @@ def test_a_preset_in_a_sum_takes_the_weight_before_it():
     ]
 
 
-def test_building_is_deterministic_and_leaves_the_global_generator_alone():
+def test_building_does_not_depend_on_the_default_device():
     teacher, student = models(hidden=16)
+    objective = "hid_seq + att_kl(map='random') + hid_cls_contrast(mode='queue')"
+    batch = tiny_batch(teacher)
+    losses = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            distiller = Distiller(teacher, student, objective)
+            distiller.objective.redraw()
+        losses.append(distiller(batch).loss)
+    assert torch.equal(*losses)
+
+
+def test_building_is_deterministic_and_leaves_the_global_generators_alone(monkeypatch):
+    teacher, student = models(hidden=16)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs reseeded"))
     state = torch.get_rng_state()
     weights = [
         Distiller(teacher, student, "hid_seq", seed=seed)

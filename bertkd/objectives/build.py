@@ -160,8 +160,9 @@ def build_objective(
         num_examples=num_examples,
         seed=seed,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it would also reseed the GPUs, which fork_rng does not restore.
+        torch.default_generator.manual_seed(seed)
         terms = [_build(spec, setup) for spec in expression.terms]
     device = next(student.parameters()).device
     return Objective(terms, expression, setup).to(device)

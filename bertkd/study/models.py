@@ -89,7 +89,8 @@ def load_model(
         _said_plainly(path, argument, "a model"),
         torch.random.fork_rng(devices=[]),
     ):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: it would also reseed the GPUs, which fork_rng does not restore.
+        torch.default_generator.manual_seed(seed)
         try:
             return classes[head].from_pretrained(path, dtype=dtypes[precision], **config)
         except RuntimeError as error:
