@@ -226,9 +226,15 @@ def test_what_cannot_work_is_refused() -> None:
         make("bank")(f_s, f_t, index=index + 16)
     with pytest.raises(ValueError, match=r"index is missing: .*QueueContrast and InBatch"):
         make("bank")(f_s, f_t)
-    with pytest.raises(ValueError, match=r"batch of 1 has no negatives: .*QueueContrast"):
-        make("batch")(f_s[:1], f_t[:1])
-    assert make("queue")(f_s[:1], f_t[:1]) > 0
+
+
+def test_a_batch_of_one_has_no_negatives_but_in_the_queue() -> None:
+    f_s, f_t = features(1)
+    with pytest.warns(UserWarning, match="batch of 1 has no negatives, .* use larger batches"):
+        loss = make("batch")(f_s, f_t)
+    assert loss == 0
+    assert not gradient(loss, f_s).any()
+    assert make("queue")(f_s, f_t) > 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,9 +17,10 @@ class InBatchContrast(Contrast):
         scores = v_s @ v_t.T / temperature
         loss = (cross_entropy(scores, arange(B)) + cross_entropy(scores.T, arange(B))) / 2
 
-    Examples with the same ``index`` or the same integer label are left out of each other's sums.
-    With ``gather``, training uses the examples of all processes. The loss is then the same on all of
-    them, and scaled so that the mean of the gradients, as DDP takes it, is the gradient of that loss.
+    Examples with the same ``index`` or the same integer label are left out of each other's sums. A
+    batch of 1 has no negatives: the loss is 0, with a warning. With ``gather``, training uses the
+    examples of all processes. The loss is then the same on all of them, and scaled so that the mean of
+    the gradients, as DDP takes it, is the gradient of that loss.
 
     Source: van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding".
 
@@ -30,8 +33,7 @@ class InBatchContrast(Contrast):
         seed: fixes the embeddings; the global random state is not used.
 
     Raises:
-        ValueError: for sizes below 1 or a temperature that is not positive; in use also for a
-            batch of 1.
+        ValueError: for sizes below 1 or a temperature that is not positive.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class InBatchContrast(Contrast):
         keys = [gather(key, counts) for key in (index, labels) if key is not None]
         v_s, v_t = gather(v_s, counts), gather(v_t, counts)
         if len(v_s) < 2:
-            raise ValueError(
-                "a batch of 1 has no negatives: use larger batches (and drop_last=True) or "
-                "QueueContrast"
+            # No error: what is left of the data for an epoch's last update may be one example.
+            warnings.warn(
+                "a batch of 1 has no negatives, so InBatchContrast gives 0 for it: where all are that small use "
+                "larger batches or QueueContrast (mode='queue')",
+                stacklevel=2,
             )
         blocked = torch.zeros(len(v_s), len(v_s), dtype=torch.bool, device=v_s.device)
         for key in keys:
