@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from cli_runs import distill, save_place
+from cli_runs import FAST, distill, save_place
 from huggingface_hub import ModelCard
 from tiny_task import review_rows, save_tiny_model
 from transformers import AutoModelForSequenceClassification
@@ -143,3 +143,23 @@ def test_a_student_is_compared_with_its_teacher_by_the_same_score(place, tmp_pat
     teacher = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["teacher"]
     assert compared == [teacher["validation"]["f1"]]
     assert teacher["validation"]["f1"] != teacher["validation"]["accuracy"]
+
+
+def test_patience_is_for_the_stages_that_are_judged(place, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "every_stage: {steps: 9, lr: 1.0e-9}\nstages:\n"
+        "- {name: inner, objective: att_kl, eval_every: null}\n- {name: outer, objective: kd}\n"
+    )
+    words = ["--recipe", str(recipe), "--patience", "1", "--eval_every", "2"]
+    labels = ["--task", place["task"]]
+    # It stops before the first row of losses is due, and all the same ends with a model.
+    assert distill(place, tmp_path / "out", *words, *labels) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["steps"] == {"inner": 9, "outer": 4}
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+    alone = ["--model", place["teacher"], "--output_dir", str(tmp_path / "tuned"), *FAST]
+    assert main(["finetune", *alone, *labels, "--steps", "9", *words[2:], "--lr", "1e-9"]) == 0
+    assert json.loads((tmp_path / "tuned" / "results.json").read_text())["steps"] == {"teacher": 4}
+    assert distill(place, tmp_path / "none", *labels, "--objective", "att_kl", *words[2:]) == 2
+    assert "patience=1 counts evaluations, and no stage is evaluated" in capsys.readouterr().err

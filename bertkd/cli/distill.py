@@ -112,9 +112,11 @@ def prepare(config: Config) -> Callable[[], None]:
     # Every stage is built once before any is trained, so that a mistake in the last one shows now.
     trains_head = [build(stage).uses_student_logits for stage in recipe.stages]
     start = _head_at_start(config, recipe, workload, own_head)
-    stages = tuple(
-        _judged(stage, trains_head[:number], start, workload)
-        for number, stage in enumerate(recipe.stages, start=1)
+    stages = config.patient(
+        [
+            _judged(stage, trains_head[:number], start, workload)
+            for number, stage in enumerate(recipe.stages, start=1)
+        ]
     )
     untrained = None if any(trains_head) else start
     say = this_process().print

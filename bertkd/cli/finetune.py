@@ -57,6 +57,7 @@ def prepare(config: Config) -> Callable[[], None]:
     if stage.metric is None:
         stage = dataclasses.replace(stage, metric=workload.metric)
     workload.check_metric(stage)
+    (stage,) = config.patient([stage])
     labels = label_config(workload.task)
     model = load_model(config.model, "model", "labels", seed=recipe.seed, **labels)
     settings = {"model": identity(model)}

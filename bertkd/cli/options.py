@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,7 +58,7 @@ class StageOptions:
         precision: Of the forward pass.
         eval_every: Updates between evaluations, or "epoch".
         save_every: Updates between checkpoints, or "epoch".
-        patience: Stop after so many evaluations without a better score.
+        patience: Stop a stage that is evaluated after so many evaluations without a better score.
     """
 
     steps: int | None = None
@@ -75,9 +75,29 @@ class StageOptions:
     patience: int | None = None
 
     def given(self) -> dict[str, Any]:
-        """The fields of a ``Stage`` that were given."""
-        found = {f.name: getattr(self, f.name) for f in fields(StageOptions)}
+        """The fields of a ``Stage`` that were given, but for ``patience``; see ``patient``."""
+        names = [f.name for f in fields(StageOptions) if f.name != "patience"]
+        found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
+
+    def patient(self, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+        """The stages, with ``patience`` in those that turned out to be judged by a metric.
+
+        Raises:
+            ValueError: none of them is, or ``patience`` is not positive.
+        """
+        if self.patience is None:
+            return tuple(stages)
+        judged = [stage.metric is not None and stage.eval_every is not None for stage in stages]
+        if not any(judged):
+            raise ValueError(
+                f"patience={self.patience} counts evaluations, and no stage is evaluated here: leave it out, or "
+                "give data with labels and an objective that trains the task head."
+            )
+        return tuple(
+            replace(stage, patience=self.patience) if counts else stage
+            for stage, counts in zip(stages, judged, strict=True)
+        )
 
 
 @dataclass(kw_only=True)
@@ -122,7 +142,7 @@ class RunOptions:
 
 
 def overridden(recipe: Recipe, stage: StageOptions, run: RunOptions) -> Recipe:
-    """The recipe with every option that was given in place of its own value.
+    """The recipe with every option that was given in place of its own value, but for ``patience``.
 
     Raises:
         ValueError: a value that makes no sense.

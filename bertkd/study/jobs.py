@@ -127,9 +127,9 @@ def _write(job: Job, results: list[TrainResult], scores: Mapping[str, Scores], p
     }
     for number, (stage, result) in enumerate(zip(job.stages, results, strict=True), start=1):
         title = f"{stage.name}: {stage.objective}"
-        plot_losses(
-            loss_curves(result.history), job.output_dir / f"{number}-{stage.name}.png", title
-        )
+        # A stage that patience stopped before its first row has none.
+        if losses := loss_curves(result.history):
+            plot_losses(losses, job.output_dir / f"{number}-{stage.name}.png", title)
         if curves := score_curves(result.history):
             plot_score_curves(curves, job.output_dir / f"{number}-{stage.name}-scores.png", title)
     table = score_table(scores)
