@@ -119,11 +119,12 @@ def describe(model: nn.Module) -> EncoderSpec:
 def base_model(model: nn.Module) -> nn.Module:
     """Return the bare encoder inside ``model``, without task head and wrappers.
 
-    The wrappers of ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel`` are looked
+    The wrappers of ``torch.compile``, ``DistributedDataParallel``, ``DataParallel`` and PEFT are looked
     through, outside and inside the task model.
 
     Raises:
         TypeError: ``model`` is not a Hugging Face model.
+        UnsupportedEncoderError: PEFT puts trained prompts in front of its tokens.
     """
     inner: Any = unwrap(model)
     if not hasattr(inner, "config") or not hasattr(inner, "base_model_prefix"):
@@ -135,13 +136,26 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Strip the wrappers of ``torch.compile``, DDP and ``DataParallel`` off ``model``."""
+    """Strip the wrappers of ``torch.compile``, DDP, ``DataParallel`` and PEFT off ``model``.
+
+    PEFT's names few arguments of a forward, while the model inside, whose layers hold the adapters, takes all.
+
+    Raises:
+        UnsupportedEncoderError: see `base_model`.
+    """
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = inner.module
+        elif hasattr(type(inner), "get_base_model"):
+            if inner.active_peft_config.is_prompt_learning:
+                raise UnsupportedEncoderError(
+                    f"{type(inner).__name__} puts prompts in front of the tokens, whose states and maps match none "
+                    "of another model: use adapters in its layers, e.g. LoRA"
+                )
+            inner = inner.get_base_model()
         else:
             return inner
 

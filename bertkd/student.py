@@ -75,7 +75,7 @@ def create_student(
         TypeError: if the teacher is no Hugging Face model, or a number is no whole one; see also
             `teacher_layers`.
         UnsupportedEncoderError: if the teacher's architecture is not supported, or its weights are
-            quantised or not loaded (on device ``meta``).
+            quantised, not loaded (on device ``meta``) or beside adapters of PEFT.
         ValueError: see `teacher_layers` and `bertkd.narrow.narrow_config`; also for
             ``num_labels`` of a model without a head, or that ``copy_head`` contradicts.
     """
@@ -186,6 +186,12 @@ def _check_weights(model: nn.Module) -> None:
         raise UnsupportedEncoderError(
             f"the teacher's weights are not loaded, {unloaded[0]!r} is on device 'meta': load it "
             "with from_pretrained, without a device_map that offloads"
+        )
+    adapted = [name for name in weights if ".base_layer." in name]
+    if adapted:
+        raise UnsupportedEncoderError(
+            f"the teacher has PEFT adapters, e.g. beside {adapted[0]!r}, which a student does not take over: merge "
+            "them into its weights with PEFT's merge_and_unload"
         )
     # PyTorch's own packed weights are no tensors in the state dict, others' are integers.
     packed = not all(isinstance(weight, Tensor) for weight in weights.values())
