@@ -124,7 +124,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a Hugging Face model.
-        UnsupportedEncoderError: PEFT puts trained prompts in front of its tokens.
+        UnsupportedEncoderError: PEFT puts trained prompts in front of its tokens, or it is in FSDP's first version.
     """
     inner: Any = unwrap(model)
     if not hasattr(inner, "config") or not hasattr(inner, "base_model_prefix"):
@@ -156,6 +156,11 @@ def unwrap(model: nn.Module) -> nn.Module:
                     "of another model: use adapters in its layers, e.g. LoRA"
                 )
             inner = inner.get_base_model()
+        elif type(inner).__name__ == "FullyShardedDataParallel":
+            raise UnsupportedEncoderError(
+                "model is in FullyShardedDataParallel, whose backward goes by the outputs of its modules and not by "
+                "what is captured inside: use torch.distributed.fsdp.fully_shard"
+            )
         else:
             return inner
 

@@ -85,6 +85,14 @@ def test_wrappers_are_looked_through():
     assert block_list(model) is bert.encoder.layer
 
 
+def test_the_first_version_of_fsdp_is_refused():
+    class FullyShardedDataParallel(nn.Module):
+        pass
+
+    with pytest.raises(UnsupportedEncoderError, match="fully_shard"):
+        describe(FullyShardedDataParallel())
+
+
 def test_attention_is_found_in_blocks_compiled_one_by_one():
     model = tiny_model("bert")
     plain = attention_modules(model)
