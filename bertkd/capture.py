@@ -23,7 +23,8 @@ class Capture:
     while a call or a ``record`` lasts; afterwards, also after an exception, it is as it was, and
     nothing but the caller's ``Recording`` holds a captured tensor. Captures may be nested, also
     those of one model; the last to be entered is the first to be left. Threads may capture one model:
-    they wait for each other. The captured q and k give the attention map before dropout.
+    they wait for each other; a plain call of it in another thread meanwhile is not kept apart. The captured q
+    and k give the attention map before dropout.
 
     A compiled model stays compiled, with one graph for each set of blocks and states asked of it.
 

@@ -75,7 +75,7 @@ def create_student(
         TypeError: if the teacher is no Hugging Face model, or a number is no whole one; see also
             `teacher_layers`.
         UnsupportedEncoderError: if the teacher's architecture is not supported, or its weights are
-            quantised, not loaded (on device ``meta``) or beside adapters of PEFT.
+            quantised, sharded, not loaded (on device ``meta``) or beside adapters of PEFT.
         ValueError: see `teacher_layers` and `bertkd.narrow.narrow_config`; also for
             ``num_labels`` of a model without a head, or that ``copy_head`` contradicts.
     """
@@ -186,6 +186,10 @@ def _check_weights(model: nn.Module) -> None:
         raise UnsupportedEncoderError(
             f"the teacher's weights are not loaded, {unloaded[0]!r} is on device 'meta': load it "
             "with from_pretrained, without a device_map that offloads"
+        )
+    if any(type(weight).__name__ == "DTensor" for weight in weights.values()):
+        raise UnsupportedEncoderError(
+            "the teacher's weights are sharded over processes: make the student before fully_shard"
         )
     adapted = [name for name in weights if ".base_layer." in name]
     if adapted:

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from bertkd import _attention
 from bertkd.capture import Capture
 from bertkd.encoders import attention_modules, base_model, block_list, embeddings
+from bertkd.errors import UnsupportedEncoderError
+from bertkd.student import create_student
 
 HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
@@ -303,6 +305,8 @@ def test_fully_sharded_models_are_captured_whole(process_group):
         model.zero_grad(set_to_none=True)
     assert snapshot(model).keys() == before.keys()
     assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(UnsupportedEncoderError, match="sharded over processes"):
+        create_student(model, "first:1")
 
 
 def test_threads_that_share_a_model_wait_for_each_other():
