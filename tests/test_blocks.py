@@ -7,6 +7,7 @@ from oracle import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertkd import functional
+from bertkd.ops.autograd import _divided
 from bertkd.ops.dispatch import unavailable
 from bertkd.ops.schema import OPS
 from bertkd.ops.shared import found_once, shared_calls
@@ -265,7 +266,6 @@ def test_what_calls_share_is_told_apart_and_forgotten():
 def test_a_block_in_float64_among_others_leaves_those_to_the_kernels(monkeypatch):
     """The weights of all blocks are in float64 then."""
     pytest.importorskip("triton")
-    from bertkd.ops import triton
     from bertkd.ops.triton import attention
 
     if (reason := unavailable("triton")) is not None:
@@ -276,11 +276,11 @@ def test_a_block_in_float64_among_others_leaves_those_to_the_kernels(monkeypatch
     weight = weight.expand(-1, 4, -1)
     for name, count in (("relation_kl", 2), ("attention_mse", 2), ("self_relation_kl", 1)):
         sides = [x[0] for x in (q_s, k_s)[:count]] + [x[0] for x in teacher[:count]]
-        sides += [None, 0.3, 0.3]
+        sides += [None, 0.3, 0.3, "triton"]
         # A compiler takes one dtype only; the interpreter would not mind.
         with monkeypatch.context() as patch:
             patch.setattr(attention, "_extents", lambda *args: seen.append(args[1]) or inner(*args))
-            function = getattr(triton, f"{name}_fwd_bwd")
+            function = OPS[f"{name}_fwd_bwd"]
             got = function(weight, *sides)
         assert seen.pop().dtype == torch.float32
         for a, b in zip(got, function(weight.float(), *sides), strict=True):
@@ -319,3 +319,11 @@ def test_a_graph_takes_one_tensor_as_query_and_key(loss, reduction):
     got = value_and_grads(torch.compile(run, fullgraph=True, backend="aot_eager"), [x], q_t, k_t)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_weights_of_a_mean_stay_one_head_for_all():
+    """Who reads them looks at one head then."""
+    weight = torch.rand(2, 1, 5).expand(2, 4, 5)
+    divided = _divided(weight, torch.tensor(3.0))
+    assert divided.stride(1) == 0
+    assert torch.equal(divided, weight / 3.0)

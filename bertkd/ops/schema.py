@@ -168,6 +168,9 @@ def _kernel(name: str):
             *inputs, row_weight = inputs
         tensors = float_tensors(inputs if form == "rows" else inputs[1:])
         choice = resolve(stem, impl, tensors, form)
+        if form != "rows" and choice.impl != "chunked":
+            # Float64 only beside a block of float64 in the same loss; the kernels read float32.
+            inputs[0] = inputs[0].float()
         function = getattr(implementation(choice.impl), name)
         if row_weight is not None:
             function = partial(_counted_rows, function, row_weight)

@@ -34,7 +34,6 @@ def _fwd_bwd(
         # An empty tensor has no address.
         return a_s.new_zeros((), dtype=torch.float32), *grads
     mask = None if mask is None else mask.bool()
-    row_weight = row_weight.float()
     with guard(a_s):
         loss = torch.empty((), dtype=torch.float32, device=a_s.device)
         work = workspace(a_s, kernels().relation_kl_workspace(*a_s.shape[:2]))

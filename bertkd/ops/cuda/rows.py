@@ -29,7 +29,6 @@ def softmax_kl_fwd_bwd(
     """``sum(row_weight * KL)`` and its gradient ``row_weight (P_s - P_t) / T``; rows of weight 0 are not read."""
     if z_s.numel() == 0:
         return z_s.new_zeros((), dtype=torch.float32), torch.empty_like(z_s)
-    row_weight = row_weight.float()
     with guard(z_s):
         loss = torch.empty((), dtype=torch.float32, device=z_s.device)
         grad = torch.empty_like(z_s)
@@ -68,7 +67,6 @@ def _hidden_mse(
     first = h_s[0]
     if first.numel() == 0:
         return first.new_zeros((), dtype=torch.float32)
-    row_weight = row_weight.float()
     with guard(first):
         loss = torch.empty((), dtype=torch.float32, device=first.device)
         work = workspace(first, kernels().hidden_mse_workspace(len(h_s), first.shape[0]))

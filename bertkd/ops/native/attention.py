@@ -33,7 +33,6 @@ def _fwd_bwd(
     """The weighted sum, and the gradients of the distinct tensors of ``student`` (one or two)."""
     tensors = [unit_stride(x) for x in (*student, *teacher)]
     mask = None if mask is None else mask.bool()
-    row_weight = row_weight.float()
     outputs = [empty_rows(x) for x in student]
     # A tensor without elements has no address.
     if row_weight.numel() == 0:

@@ -75,7 +75,7 @@ def linear_kl_fwd_bwd(
     Rows of weight 0 are never projected: for masked language modelling that is 85 % of the work.
     """
     kept = row_weight.nonzero().squeeze(-1)
-    weight = row_weight[kept].float()
+    weight = row_weight[kept]
     student, teacher = _side(h_s[kept], w_s, bias_s), _side(h_t[kept], w_t, bias_t)
     loss = torch.zeros((), dtype=torch.float32)
     grad_h = torch.empty(student.hidden.shape, dtype=torch.float32)

@@ -30,7 +30,6 @@ def _hidden_mse(
 ) -> Tensor:
     """The sum; fills ``grads``, unless there are none."""
     students, teachers = [unit_stride(x) for x in h_s], [unit_stride(x) for x in h_t]
-    row_weight = row_weight.float()
     # A tensor without elements has no address.
     if row_weight.numel() == 0:
         return torch.zeros((), dtype=torch.float32)
@@ -64,7 +63,7 @@ def softmax_kl_fwd_bwd(
 ) -> tuple[Tensor, Tensor]:
     """``sum(row_weight * KL)`` and its gradient ``row_weight (P_s - P_t) / T``."""
     grad, written = empty_rows(z_s)
-    loss = softmax_kl_into(row_weight.float(), z_s, z_t, temperature, written)
+    loss = softmax_kl_into(row_weight, z_s, z_t, temperature, written)
     return loss, grad if grad is written else grad.copy_(written)
 
 

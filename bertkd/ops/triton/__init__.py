@@ -61,7 +61,7 @@ def _load(op: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    op = name.removesuffix("_rows").removesuffix("_sum").removesuffix("_fwd_bwd")
-    if op == name or op not in _MODULES:
+    op = next((op for op in _MODULES if name.startswith(f"{op}_")), None)
+    if op is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_load(op), name)

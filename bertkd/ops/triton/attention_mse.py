@@ -72,8 +72,6 @@ def attention_mse_fwd_bwd(
     """``sum_i w_i sum_j (S_s - S_t)_ij^2`` and its gradients with respect to q_s and k_s, without atomics."""
     if row_weight.numel() == 0:
         return row_weight.sum(), torch.empty_like(q_s), torch.empty_like(k_s)
-    # Float64 only beside a block of float64 in the same loss; the kernels read float32.
-    row_weight = row_weight.float()
     sides = _unit_strides(q_s, k_s, q_t, k_t)
     scales = _scales(scale_s, scale_t)
     with guard(q_s):

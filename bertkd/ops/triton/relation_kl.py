@@ -57,8 +57,6 @@ def relation_kl_fwd_bwd(
     """``sum(row_weight * KL)`` and its gradients with respect to a_s and b_s, without atomics."""
     if row_weight.numel() == 0:
         return row_weight.sum(), torch.empty_like(a_s), torch.empty_like(b_s)
-    # Float64 only beside a block of float64 in the same loss; the kernels read float32.
-    row_weight = row_weight.float()
     sides = positive_sides(a_s, b_s, a_t, b_t, scale_s, scale_t)
     config = short_config("short", a_s, a_t)
     with guard(a_s):

@@ -40,8 +40,6 @@ def self_relation_kl_fwd_bwd(
     """``sum(row_weight * KL)`` of x with itself and its gradient, both roles summed in fp32 and rounded once."""
     if row_weight.numel() == 0:
         return row_weight.sum(), torch.empty_like(x_s)
-    # Float64 only beside a block of float64 in the same loss; the kernels read float32.
-    row_weight = row_weight.float()
     # A negative factor would flip one of two equal tensors, which only the general form takes.
     config = short_config("self_short", x_s, x_t) if min(scale_s, scale_t) >= 0 else None
     with guard(x_s):
