@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,3 +75,62 @@ with checkout(Path({str(tmp_path)!r}), "HEAD") as tree:
     assert not tree.parent.exists()
     listed = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True)
     assert len(listed.stdout.splitlines()) == 1
+
+
+SAME, SLOW = ([1.0] * 3, [1.0] * 3), ([1.0] * 3, [1.5] * 3)
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "said"),
+    [
+        ([SAME], 0, "same"),
+        ([SLOW, SLOW], 1, "slower"),
+        # A second look at what is in doubt: both looks count.
+        ([([1.0] * 3, [1.2] * 3), ([1.0] * 9, [1.0] * 9)], 0, "same"),
+        ([compare.Unavailable("base: too long")], 0, "skipped"),
+        ([compare.Unavailable("new: off by 1", red=True)], 1, "red"),
+    ],
+)
+def test_what_fails_a_comparison(answers, code, said, monkeypatch, capsys):
+    left = list(answers)
+
+    def pairs(self, base, new, count):
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(compare.Timer, "pairs", pairs)
+    args = SimpleNamespace(base="HEAD", pairs=3, rounds=3, device="cpu")
+    jobs = [(SMALL, "chunked", "fwd")]
+    assert compare._compare(jobs, Path("base"), Path("new"), args) == code
+    assert left == []
+    _, line, verdict = capsys.readouterr().out.splitlines()
+    assert line.split()[:2] == [said, SMALL.name.split()[0]]
+    assert verdict.startswith("1 red, or slower" if code else "nothing slower")
+
+
+def test_the_base_has_a_library_of_its_own_sources(tmp_path):
+    """This tree's where they are the same; else one is built, by the base's own setup.py."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@localhost"]
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "bertkd").mkdir()
+    (tmp_path / "bertkd" / "__init__.py").touch()
+    (tmp_path / ".gitignore").write_text("_C*\n")
+    build = "import sys; open('bertkd/_C.built.so', 'w').write(' '.join(sys.argv[1:]))"
+    (tmp_path / "setup.py").write_text(build)
+    (tmp_path / "csrc" / "kernel.cpp").write_text("one")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "bertkd" / "_C.here.so").write_text("")
+
+    def libraries():
+        with compare.checkout(tmp_path, "HEAD") as tree:
+            return [path.name for path in (tree / "bertkd").glob("_C*.so")]
+
+    assert libraries() == ["_C.here.so"]
+    (tmp_path / "csrc" / "kernel.cpp").write_text("two")
+    assert libraries() == ["_C.built.so"]
+    (tmp_path / "bertkd" / "_C.here.so").unlink()
+    # A tree without native code is compared with one without.
+    assert libraries() == []

@@ -165,8 +165,11 @@ def test_a_largest_batch_that_fails_is_a_row_and_the_next_is_tried(monkeypatch):
 
     monkeypatch.setattr(step_fill.Trainer, "resize", resize)
     monkeypatch.setattr(step_fill.Trainer, "__call__", lambda self: None)
+    asked = []
+    monkeypatch.setattr(step_fill, "check_device", asked.append)
     settings = op_cases.Settings(CPU, Selection(), ("eager", "chunked"))
     eager, chunked = step_fill.fill(step_case("tiny", 2, 12), ["eager", "chunked"], settings)
+    assert asked == [CPU]
     assert (eager.status, eager.note) == ("error", "RuntimeError: index out of 32 bits")
     assert chunked.p50 == 6
 
@@ -251,6 +254,47 @@ def test_largest_batches_are_searched_for_where_steps_are_wanted(monkeypatch):
     for mode, count in (("step", 2), ("fwd", 1)):
         settings = op_cases.Settings(CPU, Selection({"mode": (mode,)}), ())
         assert len(runner._tasks([case], settings, [], runner.measured)) == count
+
+
+def test_largest_batches_are_those_of_the_most_important_steps_on_a_gpu():
+    gpu, case = torch.device("cuda"), step_case("tiny", 2, 12)
+    assert step_fill.is_filled(case, gpu)
+    assert not step_fill.is_filled(case, CPU)
+    for other in ({"importance": 2}, {"padding": "glue"}, {"processes": 2}):
+        assert not step_fill.is_filled(replace(case, **other), gpu)
+    assert not step_fill.is_filled(SMALL, gpu)
+
+
+@pytest.mark.parametrize(
+    ("impl", "status", "fails"),
+    [
+        ("native", "red", True),
+        ("native", "error", True),
+        ("*", "error", True),
+        ("native", "oom", False),
+        ("native", "unavailable", False),
+        # What a rival cannot do is no fault of this package.
+        ("textbrewer", "error", False),
+        ("eager", "red", False),
+    ],
+)
+def test_whose_failures_fail_a_run(impl, status, fails, monkeypatch):
+    row = Row("op", "relation_kl", impl, status=status, note="what it said")
+    monkeypatch.setattr(runner, "run", lambda *_, **__: [row])
+    if fails:
+        with pytest.raises(ValueError, match=r"1 measurements failed.*what it said"):
+            runner.run_apart(None)
+    else:
+        runner.run_apart(None)
+
+
+def test_results_lie_with_the_committed_ones_in_a_checkout_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runner.output_folder("here", CPU) == runner.Path("here")
+    assert runner.output_folder(None, CPU).parts[:-1] == ("bench",)
+    for folder in ("bertkd/bench", "benchmarks"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert runner.output_folder(None, CPU).parts[:-1] == ("benchmarks", "results")
 
 
 def test_a_sweep_that_was_left_out_is_not_measured_by_its_like(tmp_path):

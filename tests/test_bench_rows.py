@@ -1,6 +1,7 @@
 """The benchmark's data: columns, merging, selection, ratios, targets, summary, README block."""
 
 import csv
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +218,12 @@ def test_short_table_lines_up():
     lines = summary.short_table(ROWS).splitlines()
     assert lines[0].split() == ["case", "impl", "ms", "x", "eager"]
     assert {len(line) for line in lines} == {len(lines[0])}
+    assert [line.split()[-3:] for line in lines[1:]] == [
+        ["native", "9", "4"],
+        ["chunked", "30", "1.2"],
+    ]
+    values = [replace(row, mode="fwd") for row in rows_of("native", 1.0, 9.0)]
+    assert summary.short_table([*ROWS, *values]) == summary.short_table(ROWS)
     assert summary.short_table([MAIN]) == "no speed-up was measured"
 
 
@@ -264,6 +271,37 @@ def test_readme_holds_the_committed_figures():
     rows = readme.committed_rows(ROOT)
     assert rows, "benchmarks/results holds no results.csv"
     assert page == readme.replace(page, readme.block(rows)), "run `python -m bertkd.bench readme`"
+
+
+def test_committed_summaries_are_those_of_the_committed_rows():
+    folders = sorted((ROOT / "benchmarks" / "results").iterdir())
+    assert folders
+    for folder in folders:
+        text = (folder / "summary.md").read_text(encoding="utf-8")
+        pictures = re.findall(r"^!\[\w+\]\((\w+\.png)\)$", text, re.MULTILINE)
+        facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        made = summary.markdown(read_rows(folder / "results.csv"), facts, pictures)
+        assert text == made, f"run `python -m bertkd.bench report {folder.relative_to(ROOT)}`"
+        assert {*pictures} == {path.name for path in folder.glob("*.png")}
+
+
+def test_readme_is_checked_without_being_written(monkeypatch, capsys):
+    monkeypatch.setattr(readme, "write_text", lambda *_: pytest.fail("it was written"))
+    assert readme.main(["--check"]) == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(readme, "block", lambda rows: "other figures")
+    assert readme.main(["--check"]) == 1
+    assert "README.md differs" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="measured:end"):
+        readme.replace(f"{readme.BEGIN}\nno end", "figures")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (1234.5, "1,234"), (999.7, "1,000"), (99.96, "100"), (0.0123, "0.0123"), (5e-4, "5.0e-04")],
+)  # fmt: skip
+def test_numbers_have_three_digits(value, text):
+    assert summary.number(value) == text
 
 
 def test_case_names_are_readable():

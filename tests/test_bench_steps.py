@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from bertkd.bench import op_cases, step_runs
+from bertkd.bench import op_cases, step_cases, step_losses, step_models, step_runs
 from bertkd.bench.contestants import IMPLS
 from bertkd.bench.selection import Selection
 from bertkd.bench.step_cases import Trainer, step_case
@@ -44,3 +45,27 @@ def test_a_profile_of_a_step_shows_its_parts(monkeypatch, capsys):
         "teacher forward", "student forward", "both, and the loss", "whole step"
     ]  # fmt: skip
     assert all(float(wall) > 0 for _, wall, *_ in parts)
+
+
+def test_a_trainer_matches_the_last_blocks_and_keeps_the_teacher_in_half_precision(monkeypatch):
+    seen = []
+    tiny = step_models.networks("tiny", torch.device("cpu"))
+    monkeypatch.setattr(step_cases, "networks", lambda name, device: tiny)
+    monkeypatch.setattr(step_losses, "eager", lambda *args: seen.append(args))
+    case = step_case("minilm_l6_to_3", 1, 8, layers=2, dtype="bfloat16")
+    Trainer(case, "eager", torch.device("cpu"))
+    _, teacher, student, pairs = seen[0]
+    assert pairs == list(step_models.PAIRS["minilm_l6_to_3"].blocks)[1:]
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+def test_a_student_with_dropout_is_compared_without_and_timed_with_it(monkeypatch):
+    pair = replace(step_models.PAIRS["tiny"], dropout=0.5)
+    monkeypatch.setitem(step_models.PAIRS, "tiny_dropout", pair)
+    trainer = Trainer(step_case("tiny_dropout", 2, 12), "eager", torch.device("cpu"))
+    first, second = (trainer.probe() for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert trainer.student.training
+    batch = trainer.batches[0]
+    assert trainer.loss(batch) != trainer.loss(batch)

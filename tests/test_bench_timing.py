@@ -1,12 +1,16 @@
 """How the benchmark takes time: turns, replays, what is told of an error, and the bounds that times are held to."""
 
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bertkd.bench import roofline
+from bertkd.bench import roofline, runner, timing
 from bertkd.bench.cases import attention
 from bertkd.bench.ops import SPECS
 from bertkd.bench.roofline import Ceilings, bound
+from bertkd.bench.spec import Work
 from bertkd.bench.timing import Failures, input_sets, interleaved, replayed, told
 
 CPU = torch.device("cpu")
@@ -27,26 +31,33 @@ def test_interleaving_gives_all_the_same_rounds_and_keeps_to_its_time():
 
 
 def test_replays_visit_everybody_twice_and_live_one_at_a_time():
-    order = []
+    order, alive = [], []
 
     class Replay:
         note = "cuda graph"
 
         def __init__(self, name):
+            assert not alive
+            alive.append(name)
             self.name = name
-            if name == "big":
-                raise torch.OutOfMemoryError("too big")
+
+        def __del__(self):
+            alive.remove(self.name)
 
         def __call__(self):
+            if self.name == "big":
+                raise torch.OutOfMemoryError("too big")
             order.append(self.name)
             return {"a": 1.0, "b": 2.0}[self.name]
 
     makers = {name: (lambda name=name: Replay(name)) for name in ("a", "big", "b")}
-    failures = Failures(CPU)
-    times, notes = replayed(makers, rounds=6, seconds=9.0, on_failure=failures)
+    told_of = []
+    times, _ = replayed(
+        makers, rounds=6, seconds=9.0, on_failure=lambda *failure: told_of.append(failure)
+    )
     assert times == {"a": [1.0] * 6, "b": [2.0] * 6}
-    assert notes == {"a": "cuda graph", "b": "cuda graph"}
-    assert failures.found == {"big": {"status": "oom", "note": "out of memory"}}
+    assert [name for name, _ in told_of] == ["big"]
+    assert not alive
     # Two replays to warm up and three that count, forwards and then backwards.
     assert "".join(order) == "a" * 5 + "b" * 10 + "a" * 5
 
@@ -94,7 +105,67 @@ def test_who_fails_in_a_round_is_told_and_the_others_go_on():
         interleaved({"a": lambda: 1 / 0})
 
 
+def test_where_nobody_is_left_no_round_is_timed():
+    def fails():
+        raise RuntimeError("no such kernel")
+
+    names = []
+    runs = {"a": fails, "b": fails}
+    assert interleaved(runs, rounds=4, on_failure=lambda name, _: names.append(name)) == {}
+    assert names == ["a", "b"]
+
+
+def test_a_round_is_over_when_the_device_is(monkeypatch):
+    now, pending = [0.0], [7.0]  # some work is under way before the first round
+
+    def launch(seconds):
+        pending[0] += seconds
+
+    def wait():
+        now[0] += pending[0]
+        pending[0] = 0.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    runs = {"a": lambda: launch(1.0), "b": lambda: launch(2.0)}
+    times = interleaved(runs, rounds=3, warmup=0, synchronise=wait)
+    assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(24.0, 6), (0.0, 3)])
+def test_visits_share_the_time_but_all_make_three_rounds(seconds, rounds, monkeypatch):
+    now = [0.0]
+
+    class Replay:
+        note = "cuda graph"
+
+        def __call__(self):
+            now[0] += 1.0
+            return 1.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    times, _ = replayed({"a": Replay, "b": Replay}, rounds=99, seconds=seconds)
+    assert {name: len(values) for name, values in times.items()} == {
+        "a": 2 * rounds,
+        "b": 2 * rounds,
+    }
+
+
+def test_a_device_is_not_suspected_where_memory_ran_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr(timing, "check_device", asked.append)
+    failures = Failures(CPU)
+    failures("a", torch.OutOfMemoryError("full"))
+    assert asked == []
+    failures("b", RuntimeError("an illegal memory access"))
+    assert asked == [CPU]
+    assert {name: found["status"] for name, found in failures.found.items()} == {
+        "a": "oom",
+        "b": "error",
+    }
+
+
 def test_errors_are_told_in_a_line():
+    assert len(told(ValueError("x" * 1000))["note"]) < 200
     assert told(ValueError("wrong\nand why")) == {"status": "error", "note": "ValueError: wrong"}
     assert told(KeyError())["note"] == "KeyError: "
     for error in (torch.OutOfMemoryError("x"), RuntimeError("CUDA error: Out of memory")):
@@ -119,3 +190,93 @@ def test_ceilings_are_measured_here():
     found = roofline.MeasuredCeilings(CPU)
     assert found("float32") is found("float32")
     assert all(1e7 < value < 1e14 for value in found.found["float32"])
+
+
+class Counted(TorchDispatchMode):
+    """Bytes that are copied, flops of products and exponentials of what runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.amounts, self.dtypes = {"bytes": 0, "flops": 0, "exps": 0}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default:
+            self.amounts["bytes"] += args[0].nbytes + args[1].nbytes
+        elif func is torch.ops.aten.mm.default:
+            self.amounts["flops"] += 2 * out.numel() * args[0].shape[1]
+            self.dtypes.add(out.dtype)
+        elif func is torch.ops.aten.exp.default:
+            self.amounts["exps"] += out.numel()
+        return out
+
+
+@pytest.fixture
+def without_memory(monkeypatch):
+    """Random tensors for any device, of sizes alone."""
+    for name in ("rand", "randn"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *n, device, make=make: make(*n, device="meta"))
+
+
+def test_rates_on_a_gpu_are_of_what_its_programs_do(monkeypatch, without_memory):
+    counted = []
+
+    def rate(run, amount, device, seconds):
+        with Counted() as programs:
+            run()
+        counted.append((amount, programs))
+        return amount / 2
+
+    monkeypatch.setattr(torch, "compile", lambda program: program)
+    monkeypatch.setattr(roofline, "_rate", rate)
+    found = roofline.measure_ceilings(torch.device("cuda"), torch.bfloat16)
+    for (amount, programs), name in zip(counted, Ceilings._fields, strict=True):
+        assert programs.amounts == {"bytes": 0, "flops": 0, "exps": 0, name: amount}
+        assert getattr(found, name) == amount / 2
+    assert counted[1][1].dtypes == {torch.bfloat16}
+
+
+def test_without_a_compiler_a_gpu_has_no_bound_of_exponentials(monkeypatch, without_memory):
+    def fails(program):
+        def run(*_):
+            raise RuntimeError("no C compiler")
+
+        return run
+
+    def rate(run, amount, device, seconds):
+        run()
+        return 1e12
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(roofline, "_rate", rate)
+    ceilings = roofline.MeasuredCeilings(torch.device("cuda"))
+    assert ceilings("bfloat16") == (1e12, 1e12, math.inf)
+    assert bound(Work(3e12, 1e12, 1e20), ceilings("bfloat16")) == (3.0, "bytes")
+    assert [row.op for row in runner.ceiling_rows(ceilings, {})] == ["bytes", "flops"]
+
+
+def test_a_rate_on_a_gpu_is_that_of_the_best_of_many_calls_in_a_row(monkeypatch):
+    now, calls = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    def run():
+        # The first calls compile, and later ones are disturbed now and then.
+        calls.append(len(calls))
+        now[0] += 0.5 if len(calls) < 5 or len(calls) % 40 == 0 else 0.002
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: now[0])
+    assert roofline._rate(run, 6.0, torch.device("cuda"), 3.0) == pytest.approx(3000.0)
