@@ -28,11 +28,12 @@ def test_a_gradient_penalty_is_an_error(impl, reduction):
 
 
 @pytest.mark.parametrize("impl", FUSED)
-def test_forward_mode_is_an_error(impl):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode_is_an_error(impl, reduction):
     z_s, z_t = torch.randn(4, 6), torch.randn(4, 6)
 
     def loss(z, impl=impl):
-        return functional.softmax_kl(z, z_t, impl=impl)
+        return functional.softmax_kl(z, z_t, impl=impl, reduction=reduction).sum()
 
     with pytest.raises(NotImplementedError, match="impl='eager'"):
         torch.func.jvp(loss, (z_s,), (z_s,))

@@ -49,6 +49,8 @@ def test_auto_prefers_the_fast_one_and_says_why_not(fast):
 
 
 def test_the_environment_overrides_auto_but_not_an_argument(monkeypatch):
+    monkeypatch.setenv("BERTKD_IMPL", "")
+    assert dispatch.requested() == "auto"
     monkeypatch.setenv("BERTKD_IMPL", "chunked")
     assert dispatch.requested() == "chunked"
     assert dispatch.requested("eager") == "eager"
@@ -147,3 +149,53 @@ def test_the_self_relation_is_its_general_form_with_both_gradients_added():
             results.append((loss.detach(), torch.autograd.grad((loss * 3).sum(), x)[0]))
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A tensor as on a GPU, for which every kernel is there and what it says of one can be set."""
+    triton = types.SimpleNamespace(unavailable=lambda: None, refusal=lambda op, tensors: None)
+    monkeypatch.setattr(dispatch, "implementation", lambda impl: triton)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    device = torch.device("cuda", 0)
+    tensor = types.SimpleNamespace(device=device, dtype=torch.float32, shape=(2, 3, 7, 8))
+    tensor.dim = lambda: 4
+    return triton, tensor
+
+
+def test_on_a_gpu_auto_takes_kernels_that_are_proven_or_agree(gpu, monkeypatch):
+    triton, x = gpu
+    asked, said = [], []
+    monkeypatch.setattr(verify, "disagreement", lambda *args: asked.append(args) or said[-1])
+    said.append(None)
+    assert dispatch.resolve("relation_kl", "auto", [x], "rows") == ("triton", "the fastest on cuda")
+    assert asked == [("relation_kl", "triton", [x], "rows")]
+    said.append("it is off")
+    with pytest.warns(RuntimeWarning, match="relation_kl on cuda by its portable .*: it is off"):
+        assert dispatch.resolve("relation_kl", "auto", [x]).impl == "chunked"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.resolve("relation_kl", "auto", [x]).impl == "chunked"
+        monkeypatch.setattr(dispatch, "PROVEN_GPUS", frozenset({"A GPU"}))
+        assert dispatch.resolve("relation_kl", "auto", [x]).impl == "triton"
+        assert len(asked) == 3
+        # Float64 is for checking gradients: nobody expects a fast path there.
+        triton.refusal = lambda op, tensors: "its kernels do not compute in float64"
+        x.dtype = torch.float64
+        assert dispatch.resolve("relation_kl", "auto", [x]).impl == "chunked"
+
+
+def test_nothing_is_checked_inside_a_capture(gpu, monkeypatch):
+    _, x = gpu
+    compared = []
+    monkeypatch.setattr(verify, "_verdicts", {})
+    monkeypatch.setattr(verify, "_verdict", lambda *kind: compared.append(kind))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "warm up first" in verify.disagreement("relation_kl", "triton", [x])
+    assert not compared
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert verify.disagreement("relation_kl", "triton", [x]) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert verify.disagreement("relation_kl", "triton", [x]) is None
+    assert len(compared) == 1

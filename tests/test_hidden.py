@@ -173,6 +173,18 @@ def test_cosine_of_tiny_vectors_is_pytorchs(impl):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_vectors_too_small_to_have_a_direction(impl):
+    """Their norm counts as a constant: its derivative would be thousands of times the gradient."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    h_s, h_t = 1e-8 * states(3, 6, seed=0), states(3, 6, seed=1)
+    want = value_and_grads(functional.hidden_cosine, [h_s.double()], h_t.double(), impl="eager")
+    got = value_and_grads(functional.hidden_cosine, [h_s], h_t, impl=impl)
+    for x, y in zip(got, want, strict=True):
+        assert relative(x, y) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_student_and_fp32_teacher(dtype, poisoned):
     h_s, h_t = states(2, 9, 6, seed=0, dtype=dtype), states(2, 9, 6, seed=1)

@@ -22,9 +22,9 @@ def inputs(op):
     student, teacher = qkv(2, 3, 10, 4, seed=0, dtype=torch.float16), qkv(2, 3, 10, 4, seed=1)
     mask, heads_weight = ragged_mask(2, 10, seed=2).bool(), torch.rand(2, 3, 10)
     rows, d_s, d_t = torch.rand(8), torch.randn(8, 4), torch.randn(8, 6)
-    weight, bias = torch.randn(6, 4), torch.randn(6)
+    weight, bias = torch.randn(6, 4), torch.randn(6).half()
     attention = (*student, *teacher, mask, 0.5, 0.5)
-    linear = (d_s, torch.randn(9, 4), torch.randn(9), d_t, torch.randn(9, 6), None, 2.0)
+    linear = (d_s, torch.randn(9, 4), torch.randn(9).half(), d_t, torch.randn(9, 6), None, 2.0)
     return {
         "relation_kl_rows": attention,
         "relation_kl_fwd_bwd": (heads_weight, *attention),
@@ -34,7 +34,7 @@ def inputs(op):
         "attention_mse_fwd_bwd": (heads_weight, *attention),
         "hidden_mse_fwd_bwd": (rows, [d_s, d_s.half()], [d_s, d_s]),
         "hidden_proj_mse_fwd_bwd": (rows, d_s, weight, bias, d_t),
-        "hidden_combine_mse_fwd_bwd": (rows, [d_s], torch.randn(4, 12), None, [d_t, d_t]),
+        "hidden_combine_mse_fwd_bwd": (rows, [d_s], torch.randn(4, 12), bias[:4], [d_t, d_t]),
         "hidden_cosine_fwd_bwd": (rows, d_s.half(), d_s),
         "hidden_mse_sum": (rows, [d_s, d_s.half()], [d_s, d_s]),
         "hidden_proj_mse_sum": (rows, d_s, weight, bias, d_t),

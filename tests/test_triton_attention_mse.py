@@ -122,8 +122,8 @@ def test_large_scores_do_not_overflow_in_float16(form):
 
 def test_many_positions_are_split_between_programs(monkeypatch, poisoned):
     monkeypatch.setattr(attention_mse, "gram_pays", lambda *_: True)
-    student, teacher = qkv(1, 1, 300, 16, seed=0), qkv(1, 1, 300, 16, seed=1)
-    assert compare(student, teacher, ragged_mask(1, 300, seed=5).bool()) <= 0
+    student, teacher = qkv(1, 1, 301, 16, seed=0), qkv(1, 1, 301, 16, seed=1)
+    assert compare(student, teacher) <= 0
 
 
 def test_public_loss_runs_on_it(monkeypatch):

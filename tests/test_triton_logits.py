@@ -166,13 +166,16 @@ def test_linear_without_any_row(compaction, poisoned):
         assert all((x == 0).all() for x in results)
 
 
-@pytest.mark.parametrize("factor", [1e-8, 65536.0])
-def test_weights_do_not_leave_the_range_of_half_precision(factor, compaction):
+@pytest.mark.parametrize(
+    ("factor", "temperature"), [(1e-8, 1.0), (65536.0, 1.0), (-65536.0, 1.0), (10.0, 0.02)]
+)
+def test_weights_do_not_leave_the_range_of_half_precision(factor, temperature, compaction):
     tensors = decoders(9, 24, 24, 1000, HALF)
     h_s, w_s, bias_s, h_t, w_t, bias_t = tensors
     one = torch.ones(9)
-    args = (h_s, w_s, bias_s, h_t, w_t, bias_t, 1.0)
-    big = OPS["linear_kl_fwd_bwd"](one * factor, *(x.float() for x in args[:6]), 1.0, "chunked")
+    args = (h_s, w_s, bias_s, h_t, w_t, bias_t, temperature)
+    wide = (x.float() for x in args[:6])
+    big = OPS["linear_kl_fwd_bwd"](one * factor, *wide, temperature, "chunked")
     got = OPS["linear_kl_fwd_bwd"](one * factor, *args, "triton")
     for x, y in zip(got, big, strict=True):
         if y.abs().max() < 6e4:

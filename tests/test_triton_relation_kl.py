@@ -119,6 +119,13 @@ def test_tiny_weights_do_not_underflow_in_float16(form):
         assert (got.double() * 2**20 - want.double()).abs().max() <= 2**20 * 2.0**-25 + 1e-6
 
 
+def test_the_range_of_float16_is_found_from_weights_of_any_sign_and_head(form):
+    student, teacher = (qkv(1, 2, 33, 16, seed=seed, dtype=torch.float16) for seed in (0, 1))
+    weight = -torch.rand(1, 2, 33, generator=torch.Generator().manual_seed(0))
+    weight[:, 0] *= 1e-6
+    assert compare(student, teacher, weight=weight) <= 0
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_equal_networks_give_exactly_zero(form, masked):
     student = qkv(3, 1, 40, 16, seed=0, dtype=torch.float16)

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from bertkd.ops import dispatch
 from bertkd.ops.triton import scale
 from bertkd.ops.triton.scale import BLOCK, can_scale, is_right, scale_
 
@@ -112,4 +113,13 @@ def test_it_is_tried_before_it_is_trusted(dtype, monkeypatch):
     monkeypatch.setattr(scale, "_right", {})
     monkeypatch.setattr(scale, "scale_", lambda xs, factor: None)
     with pytest.warns(RuntimeWarning, match="kernel is wrong"):
+        assert not is_right(dtype, device)
+
+    def fails(xs, factor):
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(scale, "_right", {})
+    monkeypatch.setattr(scale, "scale_", fails)
+    with pytest.warns(RuntimeWarning, match="kernel raised OSError: no C compiler"):
         assert not is_right(dtype, device)
