@@ -1,6 +1,7 @@
 """How the benchmark takes time: turns, replays, what is told of an error, and the bounds that times are held to."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,6 +236,22 @@ def test_rates_on_a_gpu_are_of_what_its_programs_do(monkeypatch, without_memory)
         assert programs.amounts == {"bytes": 0, "flops": 0, "exps": 0, name: amount}
         assert getattr(found, name) == amount / 2
     assert counted[1][1].dtypes == {torch.bfloat16}
+
+
+def test_exponentials_of_a_cpu_are_those_of_its_faster_program(monkeypatch):
+    rates = {2**17: 5.0}  # PyTorch's on all threads
+
+    def rate(run, amount, device, seconds):
+        return rates[amount]
+
+    monkeypatch.setattr(roofline, "_rate", rate)
+    monkeypatch.setattr(roofline.native, "unavailable", lambda: "not built")
+    assert roofline._exps(CPU, 0.1) == 5.0
+    monkeypatch.setattr(roofline.native, "unavailable", lambda: None)
+    monkeypatch.setattr(roofline.native, "kernels", lambda: SimpleNamespace(exp2=print))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for rates[2**15], fastest in ((3.0, 12.0), (1.0, 5.0)):  # of one thread
+        assert roofline._exps(CPU, 0.1) == fastest
 
 
 def test_without_a_compiler_a_gpu_has_no_bound_of_exponentials(monkeypatch, without_memory):

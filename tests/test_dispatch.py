@@ -113,6 +113,36 @@ def test_the_form_without_gradients_has_a_check_of_its_own(op, fast):
         assert "off by" in verify.disagreement(op, "fast", tensors, form)
 
 
+def test_a_bias_does_not_keep_a_kernel_away(fast):
+    h, weight, bias = torch.randn(5, 8), torch.randn(8, 8), torch.randn(8)
+    assert verify.disagreement("hidden_proj_mse", "fast", [h, weight, bias, h]) is None
+    assert verify.disagreement("linear_kl", "fast", [h, weight, bias, h, weight, bias]) is None
+
+
+@pytest.mark.parametrize(
+    ("length", "checked"), [(1, 61), (64, 61), (65, 125), (128, 125), (129, 253), (256, 253), (257, 261)]
+)  # fmt: skip
+def test_the_form_that_is_checked_is_the_one_that_runs(length, checked):
+    """Kernels that hold whole heads are for up to 64, 128 and 256 tokens."""
+    assert verify._small_sizes("relation_kl", [torch.empty(1, 1, length, 8)] * 4).length == checked
+
+
+def test_a_check_has_pads_rows_without_weight_and_its_tensors_own_dtypes():
+    half, full = torch.float16, torch.float32
+    sizes = verify.Sizes(length=9)
+    rows, *_, mask, _, _ = verify.random_case("relation_kl", [half] * 4, sizes, "cpu")
+    assert mask.sum(1).tolist() == [9, 4, 0]
+    assert torch.equal(rows[:, 1] != 0, mask)
+    _, (h_s,), weight, _, h_t = verify.random_case(
+        "hidden_combine_mse", [half, full, half], sizes, "cpu"
+    )
+    assert [x.dtype for x in (h_s, weight, *h_t)] == [half, full, half, half]
+    mixed = verify.random_case("softmax_kl", [full, half], sizes, "cpu")
+    assert verify.compare("softmax_kl", "chunked", mixed).allowed >= verify.TOLERANCE[half]
+    # Where the result is to be 0 the error is not relative to it.
+    assert verify.relative_error(torch.full((4,), 0.5), torch.zeros(4)) == 1.0
+
+
 def test_no_gradient_is_made_where_nobody_wants_one(monkeypatch):
     def wrong(*_):
         raise AssertionError("gradients were computed")

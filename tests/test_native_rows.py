@@ -178,6 +178,21 @@ def test_huge_logits_make_no_nan_and_a_common_shift_nothing(dtype, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_the_largest_logit_may_stand_anywhere(isa):
+    """Also behind the last whole vector: an exponential relative to a smaller one would not be one."""
+    z_s, z_t = pair(37, 37, seed=0)
+    z_s.fill_diagonal_(400.0)
+    z_t.fill_diagonal_(300.0)
+    expected = reference.softmax_kl_rows(z_s.double(), z_t.double())
+    gradient = torch.softmax(z_s.double(), -1) - torch.softmax(z_t.double(), -1)
+    with machine(isa):
+        rows = native.softmax_kl_rows(z_s, z_t, 1.0)
+        _, grad = native.softmax_kl_fwd_bwd(torch.ones(37), z_s, z_t, 1.0)
+    torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("size", [1e9, 1e10, 1e30, 3e37])
 def test_logits_whose_rounding_is_larger_than_an_exponent(size, isa):
     """Those of a model that has diverged: the value has to say so, and the gradient to lead back."""

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from bertkd.ops import triton
 from bertkd.ops.triton import config
 
 HALF, FULL = torch.float16, torch.float32
@@ -61,3 +62,11 @@ def test_a_short_sequence_gets_the_smallest_form_that_holds_it(length, longest):
     x = heads(length)
     found = config.short_config("short", x, x)
     assert (found and found.block_n) == longest
+
+
+@pytest.mark.parametrize(("value", "runs"), [("", False), ("0", False), ("1", True)])
+def test_the_interpreter_runs_kernels_where_it_is_switched_on(value, runs, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.interpreting() == runs
+    assert triton.unavailable() == (None if runs else "it needs a CUDA device")
