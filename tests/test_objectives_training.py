@@ -170,6 +170,13 @@ def test_distilbert_distils_all_tokens_and_learns_the_masked_ones():
     torch.testing.assert_close(loss.detach(), expected)
 
 
+def test_patient_kd_weighs_a_mean_over_channels():
+    weights = {term.kind: term.weight for term in read_objective("patient_kd").terms}
+    states = [F.normalize(torch.randn(4, 5, 768), dim=-1) for _ in range(2)]
+    loss = weights["pkd"] * (states[0] - states[1]).square().sum(-1).mean()
+    torch.testing.assert_close(loss, 100 * F.mse_loss(*states), rtol=0.01, atol=0)
+
+
 def test_a_preset_in_a_sum_takes_the_weight_before_it():
     expression = read_objective("kd + 0.5*distilbert")
     assert [(t.name, t.weight) for t in expression.terms] == [
