@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -12,7 +13,7 @@ from cli_runs import FAST, distill, save_place
 from tiny_task import save_tiny_model
 
 from bertkd.cli.main import main
-from bertkd.training import checkpoint
+from bertkd.training import checkpoint, machine
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,16 @@ def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
     assert message in capsys.readouterr().err
     assert not out.exists()
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("command", ["demo", "study topic"])
+def test_what_runs_in_one_process_is_not_started_in_two(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "this_process", lambda: SimpleNamespace(num_processes=2))
+    assert main([*command.split(), "--output_dir", str(tmp_path / "out")]) == 2
+    text = (
+        f"`bertkd {command}` runs in one process, but was started in 2; start it without torchrun"
+    )
+    assert text in capsys.readouterr().err
 
 
 def test_options_that_leave_no_use_for_another_are_refused_together(tmp_path, capsys):

@@ -30,13 +30,15 @@ def prepare(config: Config) -> Callable[[], None]:
     """Check the options and find the teacher; the result runs the demo.
 
     Raises:
-        ValueError: a wrong option.
+        ValueError: a wrong option, or several processes.
         ModuleNotFoundError: the teacher is not installed.
     """
     from bertkd.study.demo import demo_recipe, demo_teacher_dir, run_demo
     from bertkd.study.files import check_output_dir
+    from bertkd.training.machine import check_alone
     from bertkd.training.recipe import Recipe
 
+    check_alone("demo")
     if config.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {config.seeds}.")
     recipe = Recipe.load(config.recipe)

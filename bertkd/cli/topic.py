@@ -35,14 +35,16 @@ def prepare(config: Config) -> Callable[[], None]:
     """Check the options; the result runs the study.
 
     Raises:
-        ValueError: a wrong option.
+        ValueError: a wrong option, or several processes.
         ModuleNotFoundError: the default teacher is not installed.
     """
     from bertkd.study.demo import demo_teacher_dir
     from bertkd.study.files import check_output_dir
     from bertkd.study.topic import TopicStudy, run_topic
+    from bertkd.training.machine import check_alone
     from bertkd.training.recipe import Recipe
 
+    check_alone("study topic")
     for name in ("seeds", "teacher_steps", "student_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")

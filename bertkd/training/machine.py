@@ -33,6 +33,20 @@ def this_process() -> PartialState:
     return PartialState(cpu=on_cpu)
 
 
+def check_alone(command: str) -> None:
+    """Refuse to run ``command`` in several processes, which would clear away each other's files.
+
+    Raises:
+        ValueError: saying how many there are.
+    """
+    count = this_process().num_processes
+    if count > 1:
+        raise ValueError(
+            f"`bertkd {command}` runs in one process, but was started in {count}; start it without torchrun or "
+            "accelerate launch."
+        )
+
+
 def make_accelerator(
     precision: str = "fp32",
     log_with: str | Sequence[str] | None = None,
