@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import shutil
 
 import pytest
 from tiny_task import save_reviews, save_tiny_model
 
 from bertkd.cli.main import main
 from bertkd.errors import NonFiniteError
+from bertkd.student import create_student
 from bertkd.study import topic
 from bertkd.study.topic_report import Run, findings, group, method_table
 from bertkd.training.recipe import Recipe
@@ -189,3 +191,29 @@ def test_shipped_recipe_gives_every_method_the_same_updates(tmp_path):
     }
     last, plain = methods["kd"][-1], methods["labels only"][-1]
     assert dataclasses.replace(plain, objective=last.objective) == last
+
+
+def test_students_are_what_the_recipe_says_and_made_anew_of_other_data(study, tmp_path, caplog):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "hidden_size: 16\ncopy_head: true\n")
+    made = []
+
+    def spied(*given, **options):
+        made.append(create_student(*given, **options))
+        return made[-1]
+
+    words = [*study, "--output_dir", str(tmp_path / "study"), "--seeds", "1"]
+    words += ["--student_steps", "3", "--teacher_steps", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topic, "create_student", spied)
+        assert main(words) == 0
+    assert {student.config.hidden_size for student in made} == {16}
+    # The same model by another name is the same; other texts of the same number and lengths are not.
+    moved = shutil.copytree(tmp_path / "model", tmp_path / "moved")
+    caplog.clear()
+    assert main([*words, "--model", str(moved)]) == 0
+    assert "made anew" not in caplog.text
+    table = tmp_path / "reviews" / "test.csv"
+    table.write_text(table.read_text().replace("film", "plot"))
+    assert main(words) == 0
+    assert caplog.text.count("made anew") == 4

@@ -28,6 +28,7 @@ from bertkd.training.exporting import export
 from bertkd.training.loop import train
 from bertkd.training.machine import this_process
 from bertkd.training.recipe import Recipe, Stage
+from bertkd.training.run_record import describe_data, identity
 from bertkd.training.supervised import Supervised
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class TopicStudy:
 
     Attributes:
         model: pretrained encoder to make the teacher of.
-        recipe: gives task, layers, the teacher's stage and the two stages of the students.
+        recipe: gives task, the teacher's stage, what students are made of, and their two stages.
         output_dir: gets table, plot and results; finished runs in it are kept.
         seeds: students of each kind, with seeds 1, 2, ...
         teacher_steps: most updates of the teacher.
@@ -67,12 +68,6 @@ class TopicStudy:
                 "the recipe's teacher stage has metric: null, and nothing would tell its plateau: "
                 "give it a metric, e.g. accuracy"
             )
-
-    @property
-    def setting(self) -> dict[str, Any]:
-        """What the teacher depends on besides its stage, as JSON-able values."""
-        recipe = self.recipe
-        return {"model": self.model, "task": recipe.task, "max_length": recipe.max_length}
 
     def teacher_stage(self) -> Stage:
         """The teacher's stage, cut to ``teacher_steps``; it stops early at its plateau."""
@@ -174,7 +169,7 @@ def run_topic(study: TopicStudy) -> list[Run]:
     """Train the teacher and all students, write and print the comparison.
 
     Students of one seed start from the same weights: blocks of the fine-tuned teacher and the same
-    new head. Each keeps the weights of its best validation score, and is judged on the test split.
+    head. Each keeps the weights of its best validation score, and is judged on the test split.
     Where a student's loss turns NaN or infinite the others are trained and reported all the same.
 
     Raises:
@@ -192,14 +187,16 @@ def run_topic(study: TopicStudy) -> list[Run]:
     for stage in (study.teacher_stage(), *stages):
         workload.check_metric(stage)
     claim_output_dir(study.output_dir, "study topic", reuse=True)
+    setting = _setting(study, workload)
     lesson = _Attempt(
         "teacher",
         study.recipe.seed,
         (study.teacher_stage(),),
         study.output_dir / "teacher",
-        study.setting,
+        setting,
     )
-    setting = {**study.setting, "layers": study.recipe.layers, "teacher": lesson.identity}
+    making = {name: getattr(study.recipe, name) for name in ("layers", "hidden_size", "copy_head")}
+    setting = {**setting, **making, "teacher": lesson.identity}
     attempts = [
         _Attempt(
             method,
@@ -219,7 +216,7 @@ def run_topic(study: TopicStudy) -> list[Run]:
     for attempt in attempts:
         run = found[attempt.name]
         if run is None:
-            student = create_student(teacher, study.recipe.layers, seed=attempt.seed, verbose=False)
+            student = create_student(teacher, **making, seed=attempt.seed, verbose=False)
             build = partial(_module, teacher, student, attempt.seed)
             lesson_scores = first.scores["validation"]
             try:
@@ -236,6 +233,18 @@ def run_topic(study: TopicStudy) -> list[Run]:
             f"the others is in {study.output_dir}"
         )
     return runs
+
+
+def _setting(study: TopicStudy, workload: Workload) -> dict[str, Any]:
+    """What the teacher depends on besides its stage, as JSON-able values: not names, behind which things change."""
+    splits = ("train", "validation", "test")
+    rows = {split: getattr(workload.task, split) for split in splits}
+    return {
+        "model": identity(load_model(study.model, "model")),
+        "task": study.recipe.task,
+        "max_length": study.recipe.max_length,
+        "data": {split: describe_data(found, found.lengths) for split, found in rows.items()},
+    }
 
 
 def _teacher(

@@ -37,17 +37,12 @@ def describe_run(
     ``settings`` are what the caller states besides, as ``train`` takes them.
     """
     teacher = getattr(module, "teacher", None)
-    checksum = zlib.crc32(np.asarray(lengths, dtype=np.int64).tobytes())
     run = {
         "module": type(module).__name__,
         "stage": stage.to_dict(),
         "seed": seed,
         "processes": accelerator.num_processes,
-        "data": {
-            "examples": len(lengths),
-            "checksum_of_lengths": checksum,
-            "checksum_of_a_sample": _checksum_of_sample(data),
-        },
+        "data": describe_data(data, lengths),
         # It is in no checkpoint, but the run depends on it.
         "teacher": _checksum(teacher.parameters()) if isinstance(teacher, nn.Module) else None,
         "environment": {
@@ -59,6 +54,15 @@ def describe_run(
     if settings is not None:
         run["settings"] = json.loads(json.dumps(settings))  # as it will be read again
     return run
+
+
+def describe_data(data: Any, lengths: Sequence[int]) -> dict[str, int]:
+    """What examples are known by: their number, and checksums of their lengths and of some of them."""
+    return {
+        "examples": len(lengths),
+        "checksum_of_lengths": zlib.crc32(np.asarray(lengths, dtype=np.int64).tobytes()),
+        "checksum_of_a_sample": _checksum_of_sample(data),
+    }
 
 
 def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
