@@ -1,6 +1,7 @@
 // The host's side of a launch: argument checks, errors of CUDA as exceptions, limits of the device.
 #pragma once
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -70,7 +71,10 @@ template <class Params>
 void launch_kernel(const char* name, void (*kernel)(Params), dim3 grid, int threads, int64_t shared,
                    void* stream, Params params) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  // More than 48 KiB has to be asked for, on every device anew.
+  // More than 48 KiB has to be asked for, on every device anew. Threads do so one after the other:
+  // what one asks for must not be lowered by another before its launch.
+  static std::mutex asking;
+  std::lock_guard<std::mutex> lock(asking);
   if (shared > 48 * 1024) {
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared)),
