@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ def missing(part: str) -> str | None:
     if part in record()["parts"]:
         return None
     return record()["missing"].get(part, "it was not built")
+
+
+def lost() -> str:
+    """Why ``bertkd._C`` is not found although it was built, in one clause."""
+    built, here = record().get("python", "another Python"), sys.implementation.cache_tag
+    if built != here:
+        return f"it was built for {built}, this is {here} (reinstall bertkd with this Python)"
+    return "its file is gone (reinstall bertkd)"
 
 
 def lines() -> list[str]:

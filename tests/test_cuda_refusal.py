@@ -1,6 +1,7 @@
 """What impl="cuda" says where it cannot run: decided from sizes, strides and the build's record, without a GPU."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ RECORD = {
     "compiler": "g++ 12",
     "isa": ["avx2", "avx512"],
     "machine": "x86_64",
+    "python": sys.implementation.cache_tag,
     "nvcc": "13.0.88",
     "cuda_archs": ["80", "90a", "100"],
     "cuda_ptx": "100",
@@ -163,10 +165,15 @@ def test_the_record_for_people(tmp_path, monkeypatch):
         (tmp_path / "_build_info.json").write_text(json.dumps(RECORD))
         _build.record.cache_clear()
         assert _build.missing("cpu") is None
+        assert _build.lost() == "its file is gone (reinstall bertkd)"
         assert _build.lines() == [
             "cpu: built by g++ 12 for x86_64, portable, avx2, avx512",
             "cuda: built by nvcc 13.0.88 for sm_80, sm_90a, sm_100 and, from PTX, newer than sm_100",
         ]
+        elsewhere = RECORD | {"python": "cpython-27"}
+        (tmp_path / "_build_info.json").write_text(json.dumps(elsewhere))
+        _build.record.cache_clear()
+        assert _build.lost().startswith(f"it was built for cpython-27, this is {RECORD['python']}")
         lacking = RECORD | {"parts": ["cpu"], "missing": {"cuda": "nvcc was not found"}}
         (tmp_path / "_build_info.json").write_text(json.dumps(lacking))
         _build.record.cache_clear()

@@ -16,7 +16,10 @@ try:
     # torch is imported first: its OpenMP runtime is then the one that the extension finds loaded.
     _C = importlib.import_module("bertkd._C")
 except ModuleNotFoundError:
-    _reason = f"bertkd._C is not built: {_build.missing('cpu') or 'its file is gone'}"
+    _why = _build.missing("cpu")
+    _reason = (
+        f"bertkd._C is not built: {_why}" if _why else f"bertkd._C is missing: {_build.lost()}"
+    )
 except ImportError as error:
     _reason = f"bertkd._C cannot be loaded: {error}"
 
