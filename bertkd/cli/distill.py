@@ -67,7 +67,7 @@ def prepare(config: Config) -> Callable[[], None]:
     from bertkd.study.card import UNTRAINED
     from bertkd.study.files import check_output_dir
     from bertkd.study.jobs import Job, run_job
-    from bertkd.study.models import load_model, load_tokenizer, saved_head
+    from bertkd.study.models import head_of, load_config, load_model, load_tokenizer, saved_head
     from bertkd.study.stages import stage_steps
     from bertkd.study.workload import check_labels
     from bertkd.training.machine import this_process
@@ -76,9 +76,10 @@ def prepare(config: Config) -> Callable[[], None]:
     check_output_dir(config.output_dir, "distill", reuse=bool(config.resume))
     recipe = _recipe(config)
     config.check_machine(recipe.stages)
-    tokenizer = load_tokenizer(config.teacher, "teacher")
+    teacher_config = load_config(config.teacher, "teacher")
+    tokenizer = load_tokenizer(config.teacher, "teacher", teacher_config)
     workload = _workload(config, recipe, tokenizer)
-    head = _head(config, workload)
+    head = _head(config, workload, head_of(teacher_config))
     teacher = load_model(config.teacher, "teacher", head)
     if workload.task is not None:
         check_labels(teacher, workload.task, "teacher")
@@ -204,10 +205,7 @@ def _workload(config: Config, recipe: Recipe, tokenizer: Any) -> Workload:
     return load_text(config.text, tokenizer, recipe.max_length, masked=config.masked)
 
 
-def _head(config: Config, workload: Workload) -> str | None:
-    from bertkd.study.models import saved_head
-
-    saved = saved_head(config.teacher, "teacher")
+def _head(config: Config, workload: Workload, saved: str | None) -> str | None:
     if workload.head is not None and saved != workload.head:
         if workload.head == "mlm":
             raise ValueError(

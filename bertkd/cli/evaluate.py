@@ -62,10 +62,10 @@ def prepare(config: Config) -> Callable[[], None]:
         _check_all(config, local)
     if config.output is not None:
         _check_output(config.output)
-    tokenizer = load_tokenizer(config.model, "model")
     paths = {"teacher": config.teacher, "model": config.model}
     paths = {name: path for name, path in paths.items() if path is not None}
     configs = {name: load_config(path, name) for name, path in paths.items()}
+    tokenizer = load_tokenizer(config.model, "model", configs["model"])
     options = saved_labels(configs["model"]) if local else {}
     if config.split == ALL:
         options["validation_path"] = config.task
