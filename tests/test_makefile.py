@@ -61,7 +61,7 @@ def make(tmp_path):
         done = subprocess.run(
             ["make", *words, f"PYTHON={tmp_path / 'python'}"],
             cwd=ROOT,
-            env=kept | {"PATH": path, "STAND_INS": str(tmp_path)},
+            env=kept | {"PATH": path, "STAND_INS": str(tmp_path), "LC_ALL": "C"},
             capture_output=True,
             text=True,
         )
