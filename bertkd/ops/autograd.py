@@ -199,7 +199,7 @@ class RowLoss(torch.autograd.Function):
         saved = ctx.saved_tensors
         args = [a if t is None else t for t, a in zip(saved, ctx.static, strict=True)]
         packed = _pack(args, ctx.groups)
-        _, *grads = OPS[f"{ctx.op}_fwd_bwd"](grad_rows.contiguous(), *packed, ctx.impl)
+        _, *grads = OPS[f"{ctx.op}_fwd_bwd"](grad_rows, *packed, ctx.impl)
         return None, None, None, None, None, *_place(grads, ctx.wrt, args)
 
 
