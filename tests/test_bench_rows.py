@@ -80,6 +80,9 @@ def test_a_new_measurement_replaces_all_metrics_of_the_old_one():
     assert [row for row in merged if row.impl != "native"] == [
         r for r in ROWS if r.impl != "native"
     ]
+    # Another machine's figures are its own.
+    elsewhere = [replace(row, device="Another CPU") for row in ROWS]
+    assert merge(elsewhere, ROWS) == [*elsewhere, *ROWS]
 
 
 def test_a_new_time_leaves_the_largest_batch_until_it_is_searched_for_again():

@@ -207,6 +207,28 @@ def test_logits_whose_rounding_is_larger_than_an_exponent(size, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", LOW)
+def test_gradients_are_rounded_as_pytorch_rounds(dtype, isa):
+    """To nearest even: every number of the dtype, what lies between two, and a hair above and below that."""
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(torch.int16).item()
+    bits = torch.arange(largest, dtype=torch.int16)
+    exact, following = (x.view(dtype).double() for x in (bits, bits + 1))
+    middle = ((exact + following) / 2).float()
+    hairs = [torch.nextafter(middle, torch.tensor(to)) for to in (float("inf"), 0.0)]
+    # The widest NaN, whose bits have no room to be rounded up.
+    odd = torch.tensor([0x7F800000, 0x7F7FFFFF, 0x7FC00000, 0x7FFFFFFF], dtype=torch.int32)
+    values = torch.cat([exact.float(), middle, *hairs, odd.view(torch.float32)])
+    values = torch.cat([values, -values])
+    # Rows that end behind a whole vector: what is left is rounded one by one.
+    values = values[: values.numel() // 37 * 37].view(-1, 37)
+    with machine(isa):
+        half = torch.full((values.shape[0],), 0.5)
+        nothing = torch.zeros_like(values, dtype=dtype)
+        _, (grad,) = native.hidden_mse_fwd_bwd(half, [nothing], [-values])
+    torch.testing.assert_close(grad, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_rows_without_weight_are_not_read(isa, poisoned):
     z_s, z_t = pair(5, 100, seed=0)
     z_s[2] = float("nan")
