@@ -74,7 +74,7 @@ class Session:
         self.stop = stop
         self.instead_of_sdpa, self.has_pads = instead_of_sdpa, has_pads
         self.started = False
-        self._grad = torch.is_grad_enabled()
+        self._grad = False
         self._undo = ExitStack()
 
     # Not for torch.compile to trace, when a caller around the capture is compiled.
@@ -113,6 +113,7 @@ class Session:
                 "Open a new record() for each."
             )
         self.started = True
+        self._grad = torch.is_grad_enabled()
 
     def note_attention(self, block: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> None:
         if block not in self.blocks:

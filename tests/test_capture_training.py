@@ -166,6 +166,14 @@ def test_pytorchs_checkpoint_wrapper_changes_nothing_or_is_refused(model_type):
         )
 
 
+def test_a_forward_without_gradients_is_recorded_wherever_they_are_switched_off():
+    model = tiny_model("bert")
+    capture = Capture(model, blocks=[0], states=[1])
+    with capture.record() as recording, torch.no_grad():
+        model(**tiny_batch(model))
+    assert not recording.q[0].requires_grad
+
+
 def test_stopping_early_is_left_out_under_checkpointing():
     model = checkpoint(tiny_model("bert", layers=3)).train()
     capture = Capture(model, blocks=[0])
