@@ -112,7 +112,7 @@ class Distiller(nn.Module):
             num_examples=num_examples,
             seed=seed,
         )
-        check_wrapper(student, self.uses_student_logits)
+        check_wrapper(student, self.objective.needs())
         self.finite_checks: bool | None = None
         # A tuple keeps nn.Module from registering the teacher.
         self._teacher: tuple[Any] = (teacher.requires_grad_(False).eval(),)

@@ -1,4 +1,4 @@
-"""The Distiller: a frozen teacher, inputs, early stops, precision, resuming, DDP, compilation."""
+"""The Distiller: a frozen teacher, inputs, early stops, precision, resuming, compilation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny_models import MODEL_TYPES, tiny_batch, tiny_model
-from torch.nn.parallel import DistributedDataParallel
 
 from bertkd.distiller import Distiller
 from bertkd.errors import NonFiniteError
@@ -317,45 +315,6 @@ def test_a_finite_loss_passes_the_check():
     distiller = Distiller(teacher, student, BOTH)
     batch = tiny_batch(teacher)
     distiller.check_finite(distiller(batch), batch)
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_ddp_wraps_student_and_projections_and_gives_the_same_gradients(process_group):
-    teacher, student = models(hidden=16)
-    distiller = Distiller(teacher, student, BOTH)
-    batch = tiny_batch(teacher)
-    distiller(batch).loss.backward()
-    alone = gradients(distiller)
-    wrapped = DistributedDataParallel(distiller, find_unused_parameters=True)
-    for _ in range(2):  # a parameter left out of the reduction shows at the second step
-        distiller.zero_grad()
-        wrapped(batch).loss.backward()
-    torch.testing.assert_close(gradients(distiller), alone)
-
-
-def test_ddp_needs_no_search_for_unused_parameters_where_logits_are_used(process_group):
-    teacher, student = models("sequence")
-    distiller = Distiller(teacher, student, f"{BOTH} + kd")
-    assert distiller.uses_student_logits
-    wrapped = DistributedDataParallel(distiller)
-    for _ in range(2):
-        wrapped(tiny_batch(teacher, labels=True)).loss.backward()
-
-
-def test_a_student_in_ddp_is_refused_where_its_output_is_not_used(process_group):
-    teacher, student = models("sequence")
-    wrapped = DistributedDataParallel(student)
-    with pytest.raises(ValueError, match="wrap the Distiller instead"):
-        Distiller(teacher, wrapped, BOTH)
-    distiller = Distiller(teacher, wrapped, f"{BOTH} + kd")
-    for _ in range(2):
-        distiller(tiny_batch(teacher, labels=True)).loss.backward()
 
 
 def test_a_compiled_student_gives_the_same_loss_and_gradients():

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bertkd.encoders import base_model, describe, unwrap
-from bertkd.objectives.base import Side
+from bertkd.encoders import base_model, block_list, describe, unwrap
+from bertkd.objectives.base import Needs, Side
 
 _HEADS = {
     "ForSequenceClassification": "sequence",
@@ -111,8 +111,8 @@ def check_models(
     _check_tokenizers(student_tokenizer, teacher_tokenizer, ours, theirs)
 
 
-def check_wrapper(student: nn.Module, uses_logits: bool) -> None:
-    """Refuse a student in DDP whose logits no term reads.
+def check_wrapper(student: nn.Module, needs: Needs) -> None:
+    """Refuse a student in DDP whose output no term reads to its end.
 
     DDP waits for gradients of everything its output depends on. Pooler, head and what lies above the last matched
     layer get none, so that gradients are not exchanged, and the second step fails.
@@ -120,14 +120,25 @@ def check_wrapper(student: nn.Module, uses_logits: bool) -> None:
     Raises:
         ValueError: see above.
     """
-    if uses_logits:
+    wrapper: Any = getattr(student, "_orig_mod", student)
+    if not isinstance(wrapper, nn.parallel.DistributedDataParallel) or needs.student_logits:
         return
-    if isinstance(getattr(student, "_orig_mod", student), nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "student is in DistributedDataParallel, which would wait for gradients of all its output while no term "
-            "reads that: wrap the Distiller instead, DistributedDataParallel(Distiller(teacher, student.module, ...), "
-            "find_unused_parameters=True)"
-        )
+    # A static graph goes by gradients of the output itself.
+    if _ends_in_a_state(student, needs) and not wrapper.static_graph:
+        return
+    raise ValueError(
+        "student is in DistributedDataParallel, which would wait for gradients of all its output while no term "
+        "reads that: wrap the Distiller instead, DistributedDataParallel(Distiller(teacher, student.module, ...), "
+        "find_unused_parameters=True)"
+    )
+
+
+def _ends_in_a_state(student: nn.Module, needs: Needs) -> bool:
+    """Whether the last state is read, and nothing is trained above it."""
+    encoder = base_model(student).named_parameters()
+    below = {id(weight) for name, weight in encoder if not name.startswith("pooler")}
+    above = any(p.requires_grad and id(p) not in below for p in student.parameters())
+    return len(block_list(student)) in needs.student_states and not above
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:

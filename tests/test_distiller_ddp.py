@@ -1,0 +1,70 @@
+"""A Distiller in DistributedDataParallel, and a student in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_distiller import BOTH, gradients, models
+from tiny_models import tiny_batch, tiny_model
+from torch.nn.parallel import DistributedDataParallel
+
+from bertkd.distiller import Distiller
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_wraps_student_and_projections_and_gives_the_same_gradients(process_group):
+    teacher, student = models(hidden=16)
+    distiller = Distiller(teacher, student, BOTH)
+    batch = tiny_batch(teacher)
+    distiller(batch).loss.backward()
+    alone = gradients(distiller)
+    wrapped = DistributedDataParallel(distiller, find_unused_parameters=True)
+    for _ in range(2):  # a parameter left out of the reduction shows at the second step
+        distiller.zero_grad()
+        wrapped(batch).loss.backward()
+    torch.testing.assert_close(gradients(distiller), alone)
+
+
+def test_ddp_needs_no_search_for_unused_parameters_where_logits_are_used(process_group):
+    teacher, student = models("sequence")
+    distiller = Distiller(teacher, student, f"{BOTH} + kd")
+    assert distiller.uses_student_logits
+    wrapped = DistributedDataParallel(distiller)
+    for _ in range(2):
+        wrapped(tiny_batch(teacher, labels=True)).loss.backward()
+
+
+def test_a_student_in_ddp_is_refused_where_its_output_is_not_used(process_group):
+    teacher, student = models("sequence")
+    wrapped = DistributedDataParallel(student)
+    with pytest.raises(ValueError, match="wrap the Distiller instead"):
+        Distiller(teacher, wrapped, BOTH)
+    distiller = Distiller(teacher, wrapped, f"{BOTH} + kd")
+    for _ in range(2):
+        distiller(tiny_batch(teacher, labels=True)).loss.backward()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_a_student_in_ddp_may_end_in_a_state_that_is_read(process_group, model_type):
+    teacher, student = tiny_model(model_type, layers=4), tiny_model(model_type, seed=1)
+    if model_type == "bert":
+        with pytest.raises(ValueError, match="wrap the Distiller instead"):
+            Distiller(teacher, DistributedDataParallel(student), "hid_seq")
+        student.pooler.requires_grad_(False)
+    wrapped = DistributedDataParallel(student)
+    distiller = Distiller(teacher, wrapped, "hid_seq")
+    for _ in range(2):
+        distiller(tiny_batch(teacher)).loss.backward()
+    for model, term in (
+        (wrapped, "att_kl"),
+        (DistributedDataParallel(student, static_graph=True), "hid_seq"),
+    ):
+        with pytest.raises(ValueError, match="wrap the Distiller instead"):
+            Distiller(teacher, model, term)
