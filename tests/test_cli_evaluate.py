@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny_task import save_csv, save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bertkd.cli.main import main
+from bertkd.training import machine
 
 WORDS = ["film", "movie", "plot", "story", "great", "sad"]
 
@@ -188,3 +191,22 @@ def test_every_config_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_config", counted)
     evaluate(tmp_path, model, task, "--split", "all", "--teacher", model)
     assert sorted(read) == ["model", "teacher"]
+
+
+def test_of_several_processes_the_first_speaks(tmp_path, monkeypatch, capsys):
+    model = save_tiny_model(tmp_path / "model", head_cls="sequence", num_labels=2)
+    task, _ = save_rows(tmp_path, [0, 1])
+    levels = []
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: levels.append(options["level"]))
+    path = tmp_path / "scores.json"
+    words = ["evaluate", "--model", model, "--task", task, "--output", str(path)]
+    for rank in range(2):
+        process = SimpleNamespace(
+            device="cpu", is_main_process=not rank, print=print if not rank else lambda text: None
+        )
+        monkeypatch.setattr(machine, "this_process", lambda process=process: process)
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(words) == 0
+        assert bool(capsys.readouterr().out) == path.exists() == (not rank)
+        path.unlink(missing_ok=True)
+    assert levels == [logging.WARNING, logging.ERROR]

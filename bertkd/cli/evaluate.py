@@ -115,14 +115,14 @@ def _run(config: Config, workload: Workload, models: dict[str, Any]) -> None:
     from bertkd.study.jobs import score_table
     from bertkd.training.machine import this_process
 
-    device = this_process().device
+    process = this_process()
     judge = workload.judge(config.scored_split())
     scores = {}
     for name, model in models.items():
-        model.to(device)
+        model.to(process.device)
         if name == "teacher":
             workload.compare_with(model)
         scores[name] = {config.split: judge(model)}
-    print(score_table(scores).text())
-    if config.output is not None:
+    process.print(score_table(scores).text())
+    if config.output is not None and process.is_main_process:
         write_json(config.output, {"task": workload.name, "scores": scores})

@@ -7,6 +7,7 @@ nothing has been trained or written. 130: interrupted. 141: nobody reads the out
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -63,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with 0 after ``--help`` and ``--version``, with 2 for arguments that do not parse.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # Of several processes only the first warns.
+    level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     words = with_underscores(sys.argv[1:] if argv is None else argv)
     try:
         name, command, values = _parsed(words or ["--help"])
