@@ -87,6 +87,7 @@ def test_the_work_was_shared_and_did_something(folder):
         assert torch.equal(tensor, two.tensors["model"][name]) == ("unused" in name), name
 
 
+@pytest.mark.slow
 def test_the_command_line_shares_its_work_among_processes(tmp_path):
     """Contrast with the bank, and a last batch that does not divide, on top."""
     place = save_place(tmp_path)
