@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -95,6 +96,18 @@ def test_losses_are_means_over_the_rows_of_the_history(tmp_path):
     on_disk = (tmp_path / "b" / "run" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in on_disk] == few.history
     assert not module.training
+
+
+def test_what_every_step_warns_of_is_shown_once(tmp_path):
+    class Grumbling(FakeDistiller):
+        def forward(self, batch):
+            warnings.warn("at every step", stacklevel=1)
+            return super().forward(batch)
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        run(tmp_path, Grumbling(), steps=3)
+    assert [str(w.message) for w in shown].count("at every step") == 1
 
 
 def test_the_teacher_is_frozen_in_eval_and_not_optimised(tmp_path):

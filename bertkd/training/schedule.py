@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,8 @@ def _groups(module: nn.Module, stage: Stage) -> list[dict[str, Any]]:
 
 def advance(schedule: LRScheduler, skipped: bool) -> None:
     """Go to the next update's learning rate; a skipped update counts as one."""
-    with warnings.catch_warnings():
+    # Not always: afterwards Python shows again what it has shown, and warnings of a step would come at each.
+    with warnings.catch_warnings() if skipped else nullcontext():
         if skipped:
             # PyTorch takes a first step that the loss scaler skipped for a forgotten one.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
