@@ -284,6 +284,8 @@ def _two_ranks(rank: int, store: str, cut: int) -> None:
     first = bank._draw_negatives(index[:2], None)
     bank(f_s[mine], f_t[mine], **parts)
     queue(f_s[mine], f_t[mine], **parts)
+    scores = torch.stack([f_s, -3 * f_s])
+    log_z = make("bank")._normalisers(scores[:, mine], [cut, 8 - cut])
     gradients = torch.cat([p.grad.flatten() for p in local.parameters()])
     dist.all_reduce(gradients)
     seen = [torch.empty_like(first) for _ in range(2)]
@@ -297,6 +299,7 @@ def _two_ranks(rank: int, store: str, cut: int) -> None:
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(states[0], other)
 
+    torch.testing.assert_close(log_z, make("bank")._normalisers(scores, [8]))
     whole = make("batch")
     expected = whole(f_s, f_t, index=index, labels=labels)
     expected.backward()

@@ -72,6 +72,16 @@ def test_models_are_loaded_or_refused_by_name(tmp_path):
         load_tokenizer(tmp_path / "empty", "teacher")
 
 
+def test_a_new_head_is_drawn_without_the_global_generators(tmp_path, monkeypatch):
+    path = save_tiny_model(tmp_path / "model", layers=2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs reseeded"))
+    state = torch.get_rng_state()
+    heads = [load_model(path, "model", "labels", seed=seed).classifier.weight for seed in (1, 1, 2)]
+    assert torch.equal(*heads[:2])
+    assert not torch.equal(*heads[1:])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_texts_and_their_padding_end_where_the_positions_of_the_model_do(tmp_path):
     tokenizer = load_tokenizer(
         save_tiny_model(tmp_path / "model", max_position_embeddings=13), "model"
