@@ -193,6 +193,19 @@ def test_every_config_is_read_once(tmp_path, monkeypatch):
     assert sorted(read) == ["model", "teacher"]
 
 
+def test_texts_are_not_longer_than_either_model_takes(tmp_path, capsys):
+    path = save_tiny_model(tmp_path / "model", head_cls="sequence", num_labels=2)
+    short = save_tiny_model(
+        tmp_path / "short", head_cls="sequence", num_labels=2, max_position_embeddings=7
+    )
+    task, _ = save_rows(tmp_path, [0, 1])
+    for words in (["--teacher", short, "--model", path], ["--teacher", path, "--model", short]):
+        assert main(["evaluate", *words, "--task", task]) == 2
+        text = capsys.readouterr().err
+        assert "max_length=128 is more than this tokenizer's model_max_length" in text
+        assert main(["evaluate", *words, "--task", task, "--max_length", "7"]) == 0
+
+
 def test_of_several_processes_the_first_speaks(tmp_path, monkeypatch, capsys):
     model = save_tiny_model(tmp_path / "model", head_cls="sequence", num_labels=2)
     task, _ = save_rows(tmp_path, [0, 1])

@@ -65,7 +65,7 @@ def prepare(config: Config) -> Callable[[], None]:
     paths = {"teacher": config.teacher, "model": config.model}
     paths = {name: path for name, path in paths.items() if path is not None}
     configs = {name: load_config(path, name) for name, path in paths.items()}
-    tokenizer = load_tokenizer(config.model, "model", configs["model"])
+    tokenizer = load_tokenizer(config.model, "model", *configs.values())
     options = saved_labels(configs["model"]) if local else {}
     if config.split == ALL:
         options["validation_path"] = config.task

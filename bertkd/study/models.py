@@ -32,15 +32,13 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_tokenizer(
-    path: str | os.PathLike[str], argument: str, config: PretrainedConfig | None = None
-) -> Any:
-    """The tokenizer of a checkpoint, which takes no more tokens than the model has positions.
+def load_tokenizer(path: str | os.PathLike[str], argument: str, *configs: PretrainedConfig) -> Any:
+    """The tokenizer of a checkpoint, which takes no more tokens than the models have positions.
 
     Args:
         path: directory of the checkpoint, or its name on the Hugging Face Hub.
         argument: what the user calls it, for messages.
-        config: the checkpoint's, where it has been read.
+        configs: of all models that are to read its tokens; by default the checkpoint's own.
 
     Raises:
         ValueError: nothing there, or no tokenizer beside the model; names ``argument``.
@@ -53,10 +51,10 @@ def load_tokenizer(
     with quiet_transformers(), _said_plainly(path, argument, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path)
     # Many state no limit, and texts or their padding would run past the last position.
-    with contextlib.suppress(UnsupportedEncoderError):
-        config = config or load_config(path, argument)
-        most = describe_config(config).max_positions
-        tokenizer.model_max_length = min(tokenizer.model_max_length, most or math.inf)
+    for config in configs or (load_config(path, argument),):
+        with contextlib.suppress(UnsupportedEncoderError):
+            most = describe_config(config).max_positions
+            tokenizer.model_max_length = min(tokenizer.model_max_length, most or math.inf)
     return tokenizer
 
 
