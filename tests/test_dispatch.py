@@ -120,11 +120,13 @@ def test_a_bias_does_not_keep_a_kernel_away(fast):
 
 
 @pytest.mark.parametrize(
-    ("length", "checked"), [(1, 61), (64, 61), (65, 125), (128, 125), (129, 253), (256, 253), (257, 261)]
-)  # fmt: skip
+    ("length", "checked"),
+    [(1, 13), (16, 13), (17, 29), (32, 29), (33, 61), (64, 61), (65, 125), (128, 125), (129, 261)],
+)
 def test_the_form_that_is_checked_is_the_one_that_runs(length, checked):
-    """Kernels that hold whole heads are for up to 64, 128 and 256 tokens."""
-    assert verify._small_sizes("relation_kl", [torch.empty(1, 1, length, 8)] * 4).length == checked
+    """Kernels that hold whole heads are for up to 16, 32, 64 and 128 tokens."""
+    tensors = [torch.empty(1, 1, length, 8)] * 4
+    assert verify._small_sizes("relation_kl", "fast", tensors).length == checked
 
 
 def test_a_check_has_pads_rows_without_weight_and_its_tensors_own_dtypes():

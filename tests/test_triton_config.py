@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bertkd.ops import triton
-from bertkd.ops.triton import config
+from bertkd.ops import triton, verify
+from bertkd.ops.triton import attention_mse, config, hidden_proj_mse
 
 HALF, FULL = torch.float16, torch.float32
 
@@ -16,7 +16,8 @@ HALF, FULL = torch.float16, torch.float32
 def heads(length=4, width=64, dtype=HALF):
     """As much of (B, H, L, D) on a GPU as is looked at."""
     device = torch.device("cuda", 0)
-    return SimpleNamespace(shape=(2, 12, length, width), dtype=dtype, device=device, is_cuda=True)
+    shape = (2, 12, length, width)
+    return SimpleNamespace(shape=shape, dtype=dtype, device=device, is_cuda=True, dim=lambda: 4)
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,35 @@ def test_a_short_sequence_gets_the_smallest_form_that_holds_it(length, longest):
     x = heads(length)
     found = config.short_config("short", x, x)
     assert (found and found.block_n) == longest
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize("widths", [(4, 4), (16, 16), (32, 16), (32, 64), (64, 64), (64, 128)])
+def test_the_form_that_auto_checks_is_the_one_that_runs(widths, dtype):
+    for length in [*range(1, 300), 470, 490, 620, 640, 641, 2048]:
+        x, y = (heads(length, width, dtype) for width in widths)
+
+        def checked(op, pair=(x, y)):
+            small = verify._small_sizes(op, "triton", pair)
+            assert small.widths == widths
+            return small.length
+
+        for form in ("short", "self_short"):
+            small = heads(checked("relation_kl"), widths[0], dtype), y
+            assert config.short_config(form, *small) == config.short_config(form, x, y)
+        small = checked("attention_mse")
+        assert attention_mse.gram_pays(small, *widths) == attention_mse.gram_pays(length, *widths)
+
+
+@pytest.mark.parametrize("op", ["hidden_proj_mse", "hidden_combine_mse"])
+@pytest.mark.parametrize("rows", [1, 4095, 4096, 100_000])
+def test_the_tile_that_auto_checks_is_the_one_that_runs(rows, op):
+    states, weight = torch.empty(rows, 768, device="meta"), torch.empty(768, 768, device="meta")
+    small = verify._small_sizes(op, "triton", [states, weight, states])
+    tiles = [
+        hidden_proj_mse.proj_config(n, 768, HALF, 8) for n in (small.batch * small.length, rows)
+    ]
+    assert tiles[0] == tiles[1]
 
 
 @pytest.mark.parametrize(("value", "runs"), [("", False), ("0", False), ("1", True)])

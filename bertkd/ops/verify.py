@@ -27,9 +27,11 @@ TENSORS = {
 
 ATTENTION = ("relation_kl", "self_relation_kl", "attention_mse")
 
-# One length for every form of the attention kernels (whole heads of up to 64, 128, 256 tokens, tiles beyond), each
+# One length for every form of the attention kernels (whole heads of up to 16, 32, 64, 128 tokens, tiles beyond), each
 # with a ragged edge: checking every length that a data set has would never end.
-CHECKED_LENGTHS, LONG = (61, 125, 253), 261
+CHECKED_LENGTHS, LONG = (13, 29, 61, 125), 261
+# From as many rows on projections have larger tiles.
+MANY_ROWS = 4096
 
 
 class Sizes(NamedTuple):
@@ -159,7 +161,7 @@ def disagreement(
     """
     device = tensors[0].device
     unbiased = [x for x in tensors if x.dim() > 1]
-    sizes = _small_sizes(op, unbiased)
+    sizes = _small_sizes(op, impl, unbiased)
     kind = (op, form, impl, device, tuple(x.dtype for x in unbiased), sizes)
     if kind not in _verdicts:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -171,16 +173,24 @@ def disagreement(
 _verdicts: dict[tuple, str | None] = {}
 
 
-def _small_sizes(op: str, tensors: Sequence[Tensor]) -> Sizes:
+def _small_sizes(op: str, impl: str, tensors: Sequence[Tensor]) -> Sizes:
     """A case of the tensors' own widths, of a length that takes the same form of the kernel, and not much else."""
     widths = tensors[0].shape[-1], tensors[-1].shape[-1]
     if tensors[0].dim() == 4:
         length = tensors[0].shape[2]
+        if op == "attention_mse" and impl == "triton":
+            # Its forms are not told apart by the length alone.
+            from bertkd.ops.triton.attention_mse import length_of_form
+
+            return Sizes(length=length_of_form(length, *widths), widths=widths)
         return Sizes(
             length=next((n for n in CHECKED_LENGTHS if length <= n + 3), LONG), widths=widths
         )
+    batch, length = Sizes().batch, 33
+    if op in ("hidden_proj_mse", "hidden_combine_mse") and tensors[0].shape[0] >= MANY_ROWS:
+        length = MANY_ROWS // batch + 1
     vocabulary = tensors[1].shape[0] if op == "linear_kl" else 1
-    return Sizes(length=33, widths=widths, vocabulary=vocabulary)
+    return Sizes(length=length, widths=widths, vocabulary=vocabulary)
 
 
 def _verdict(

@@ -34,6 +34,12 @@ def gram_pays(length: int, width_s: int, width_t: int) -> bool:
     return length > GRAM_LENGTH * (width_s + width_t) and max(width_s, width_t) <= GRAM_WIDTH
 
 
+def length_of_form(length: int, width_s: int, width_t: int) -> int:
+    """A small length, with a ragged edge, that takes the same form as ``length``."""
+    last = GRAM_LENGTH * (width_s + width_t)
+    return last + 21 if gram_pays(length, width_s, width_t) else min(61, last)
+
+
 def attention_mse_rows(
     q_s: Tensor,
     k_s: Tensor,
