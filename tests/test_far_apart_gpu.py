@@ -16,6 +16,13 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def freed_memory_is_given_back():
+    """Or every worker that has run one of these tests would keep up to 12 GiB from the others."""
+    yield
+    torch.cuda.empty_cache()
+
+
 def skip_unless_there_is_memory(gib):
     """Of the whole device: other workers' tests run beside this one."""
     found = torch.cuda.get_device_properties(0).total_memory / 2**30
