@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bertkd.bench import tune
+from bertkd.bench.timing import DeviceLost
 from bertkd.cli.main import main
 from bertkd.cli.tune import _change
 from bertkd.ops import triton as kernels
@@ -90,6 +91,19 @@ def test_where_the_shipped_one_fails_the_best_of_the_others_is_stored(pretended_
     found = tune.tune([torch.float32], [16], ["grad_rows"], device="cpu", say=said.append)
     assert list(found) == []
     assert said == ["grad_rows/32/16: no configuration runs on this GPU and agrees with float64"]
+
+
+def test_a_candidate_that_costs_the_device_ends_the_run(pretended_gpu, monkeypatch):
+    def lost(device):
+        raise DeviceLost(f"the GPU is lost to this process: {device}")
+
+    def failing(*_):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(tune, "check_device", lost)
+    monkeypatch.setattr(kernels, "relation_kl_fwd_bwd", failing, raising=False)
+    with pytest.raises(DeviceLost, match="cpu"):
+        run([])
 
 
 def test_what_a_budget_leaves_out_is_named(pretended_gpu, monkeypatch):

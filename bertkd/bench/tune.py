@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from bertkd.bench.timing import GraphReplay
+from bertkd.bench.timing import GraphReplay, check_device
 from bertkd.ops.triton.config import FORMS, Config, candidates, trial, tuned_key, write_tuned
 from bertkd.ops.verify import TENSORS, Sizes, compare, random_case
 
@@ -81,6 +81,9 @@ def tune(
 
     Yields:
         What was found for each form, after it has been stored.
+
+    Raises:
+        DeviceLost: a candidate has cost the device, on which all after it would fail too.
     """
     started = time.monotonic()
     name = torch.cuda.get_device_name(device)
@@ -136,6 +139,7 @@ def _measure(op, mode, weight, args, small, timer) -> float | None:
             return None
         return timer(lambda: function(*inputs))
     except Exception:
+        check_device(weight.device)
         # What needs more registers or shared memory than there are fails to compile or launch: no candidate.
         return None
 
