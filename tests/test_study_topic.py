@@ -13,8 +13,8 @@ from bertkd.study.topic_report import Run, findings, group, method_table
 from bertkd.training.recipe import Recipe
 
 
-def run(method, seed, accuracy):
-    scores = {split: {"accuracy": accuracy} for split in ("validation", "test")}
+def run(method, seed, accuracy, validation=None):
+    scores = {"validation": {"accuracy": validation or accuracy}, "test": {"accuracy": accuracy}}
     curve = [(4, accuracy - 0.03), (6, accuracy - 0.01), (10, accuracy)]
     return Run(method, seed, scores, steps=10, seconds=5.0, curve=curve)
 
@@ -27,29 +27,32 @@ PLATEAU = (
 
 def test_findings_compare_seed_by_seed_and_warn_of_a_weak_teacher():
     runs = [run("teacher", 1, 0.60), run("labels only", 1, 0.50), run("labels only", 2, 0.54)]
-    runs += [run("kd", 1, 0.53), run("kd", 2, 0.55), run("att_kl, then kd", 1, 0.70)]
-    notes = findings(group(runs), "accuracy")
-    # kd gains 3 and 1 points: mean 2, sample standard deviation sqrt(2).
+    runs += [run("kd", 1, 0.53, 0.49), run("kd", 2, 0.55), run("att_kl, then kd", 1, 0.70)]
+    notes = findings(group(runs), "accuracy", 600)
+    # kd gains 3 and 1 points: mean 2, sample standard deviation sqrt(2); on the validation split -1 and 1.
     assert notes.pop(0) == PLATEAU.format("0.600")
-    assert notes[0] == "kd: 2.0 ± 1.4 points of accuracy over labels only, better in 2 of 2 seeds."
+    gains = "kd: 2.0 ± 1.4 points of accuracy over labels only, better in 2 of 2 seeds; "
+    assert notes[0] == gains + "on the validation split 0.0 ± 1.4."
     assert notes[1].startswith("att_kl, then kd: 20.0 points")
     assert notes[2].startswith("WARNING: att_kl, then kd (0.700) overtakes the teacher (0.600)")
-    assert len(notes) == 3
+    # sqrt(0.6 * 0.4 / 600)
+    assert "600 test rows, which give an accuracy of 0.600 a standard error of 2.0" in notes[3]
+    assert len(notes) == 4
     table = method_table(group(runs), "accuracy")
     assert table.rows[1] == ("labels only", "2", "0.520 ± 0.028", "0.520 ± 0.028", "10", "0:05")
 
 
 def test_a_student_that_loses_is_reported_too():
     runs = [run("teacher", 1, 0.9), run("labels only", 1, 0.7), run("kd", 1, 0.6)]
-    assert findings(group(runs), "accuracy") == [
+    assert findings(group(runs), "accuracy", 600)[:-1] == [
         PLATEAU.format("0.900"),
-        "kd: -10.0 points of accuracy over labels only, better in 0 of 1 seeds.",
+        "kd: -10.0 points of accuracy over labels only, better in 0 of 1 seeds; on the validation split -10.0.",
     ]
 
 
 def test_a_teacher_that_still_learns_is_warned_of():
     rising = dataclasses.replace(run("teacher", 1, 0.9), curve=[(3, 0.5), (6, 0.85), (9, 0.9)])
-    note = findings(group([rising, run("labels only", 1, 0.7)]), "accuracy")[0]
+    note = findings(group([rising, run("labels only", 1, 0.7)]), "accuracy", 600)[0]
     assert note.startswith("WARNING: teacher: best validation accuracy 0.900 at update 9 of 10")
     assert "brought 5.0 points" in note
     assert note.endswith("raise teacher_steps.")
@@ -152,8 +155,8 @@ def test_a_teacher_counts_as_finished_once_it_is_saved(study, tmp_path, monkeypa
 
 def test_a_seed_without_a_label_only_student_is_not_compared():
     runs = [run("teacher", 1, 0.9), run("labels only", 2, 0.5), run("kd", 1, 0.6)]
-    assert len(findings(group(runs), "accuracy")) == 1
-    notes = findings(group([*runs, run("kd", 2, 0.6)]), "accuracy")
+    assert len(findings(group(runs), "accuracy", 600)) == 2
+    notes = findings(group([*runs, run("kd", 2, 0.6)]), "accuracy", 600)
     assert notes[1].startswith("kd: 10.0 points of accuracy over labels only, better in 1 of 1")
 
 

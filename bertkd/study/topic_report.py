@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ def write_report(
     """
     by_method = group(runs)
     table = method_table(by_method, workload.metric)
-    notes = [*findings(by_method, workload.metric), *(f"FAILED: {failure}" for failure in failed)]
+    found = findings(by_method, workload.metric, len(workload.task.test))
+    notes = [*found, *(f"FAILED: {failure}" for failure in failed)]
     seeds = len({run.seed for run in runs if run.method != "teacher"})
     spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     title = f"{workload.name}: {spread}"
@@ -107,31 +109,45 @@ def method_table(by_method: dict[str, list[Run]], metric: str) -> Table:
     return table
 
 
-def findings(by_method: dict[str, list[Run]], metric: str) -> list[str]:
-    """The teacher's plateau; each distilled method against labels only, seed by seed, and the teacher."""
+def findings(by_method: dict[str, list[Run]], metric: str, test_rows: int) -> list[str]:
+    """The teacher's plateau; each distilled method against labels only, seed by seed, and the teacher; chance."""
     (lesson,) = by_method["teacher"]
     teacher = lesson.scores["test"][metric]
-    plain = {run.seed: run.scores["test"][metric] for run in by_method.get("labels only", [])}
+    plain = {run.seed: run.scores for run in by_method.get("labels only", [])}
     notes = [_plateau(lesson, metric)]
     for method, runs in by_method.items():
         if method == "teacher":
             continue
         values = [run.scores["test"][metric] for run in runs]
         # A seed whose label-only student failed has nothing to be compared with.
-        pairs = [(run.scores["test"][metric], plain[run.seed]) for run in runs if run.seed in plain]
+        pairs = [(run.scores, plain[run.seed]) for run in runs if run.seed in plain]
         if method != "labels only" and pairs:
-            gains = [100 * (ours - theirs) for ours, theirs in pairs]
+            gains, seen = (
+                [100 * (ours[split][metric] - theirs[split][metric]) for ours, theirs in pairs]
+                for split in ("test", "validation")
+            )
             better = sum(gain > 0 for gain in gains)
             notes.append(
                 f"{method}: {mean_std(gains, 1)} points of {metric} over labels only, better in {better} "
-                f"of {len(gains)} seeds."
+                f"of {len(gains)} seeds; on the validation split {mean_std(seen, 1)}."
             )
         if fmean(values) > teacher:
             notes.append(
                 f"WARNING: {method} ({fmean(values):.3f}) overtakes the teacher ({teacher:.3f}): train the "
                 "teacher longer before concluding anything."
             )
+    if metric == "accuracy":
+        notes.append(_chance(teacher, test_rows))
     return notes
+
+
+def _chance(accuracy: float, rows: int) -> str:
+    """What the seeds' spread does not show, as they share their rows."""
+    points = 100 * math.sqrt(accuracy * (1 - accuracy) / rows)
+    return (
+        f"All seeds share {rows:,} test rows, which give an accuracy of {accuracy:.3f} a standard error of "
+        f"{points:.1f} points; the ± of the seeds does not hold it."
+    )
 
 
 def _plateau(teacher: Run, metric: str) -> str:
