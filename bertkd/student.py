@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bertkd import encoders
+from bertkd._seeding import seeded
 from bertkd.encoders import EncoderSpec
 from bertkd.errors import UnsupportedEncoderError, unknown_name, whole_number
 from bertkd.layer_maps import uniform_blocks
@@ -97,9 +98,7 @@ def create_student(
         _relabel(config, num_labels, has_head=model is not base, copy_head=copy_head)
 
     options = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it would also reseed the GPUs, which fork_rng does not restore.
-        torch.default_generator.manual_seed(seed)
+    with torch.device("cpu"), seeded(seed):
         wanted = torch.promote_types(model.dtype, torch.float32) if dtype is None else dtype
         student = type(model)._from_config(config, dtype=wanted, **options)
     student = student.to(model.device).eval()

@@ -172,8 +172,11 @@ def times_of(
     on_failure: OnFailure | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of every round by contestant, and how they were taken; ``on_failure`` is as for `interleaved`."""
-    options: dict[str, Any] = {"rounds": settings.rounds, "seconds": settings.seconds}
-    options["on_failure"] = on_failure
+    options: dict[str, Any] = {
+        "rounds": settings.rounds,
+        "seconds": settings.seconds,
+        "on_failure": on_failure,
+    }
     if settings.device.type != "cuda":
         return interleaved(
             {impl: partial(run, inputs) for impl, run in runs.items()}, **options

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bertkd._seeding import seeded
 from bertkd.errors import unknown_name, whole_number
 from bertkd.layer_maps import MapSpec, check_map
 from bertkd.objectives.base import (
@@ -160,9 +161,7 @@ def build_objective(
         num_examples=num_examples,
         seed=seed,
     )
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it would also reseed the GPUs, which fork_rng does not restore.
-        torch.default_generator.manual_seed(seed)
+    with torch.device("cpu"), seeded(seed):
         terms = [_build(spec, setup) for spec in expression.terms]
     device = next(student.parameters()).device
     return Objective(terms, expression, setup).to(device)

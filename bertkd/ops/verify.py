@@ -30,8 +30,6 @@ ATTENTION = ("relation_kl", "self_relation_kl", "attention_mse")
 # One length for every form of the attention kernels (whole heads of up to 16, 32, 64, 128 tokens, tiles beyond), each
 # with a ragged edge: checking every length that a data set has would never end.
 CHECKED_LENGTHS, LONG = (13, 29, 61, 125), 261
-# From as many rows on projections have larger tiles.
-MANY_ROWS = 4096
 
 
 class Sizes(NamedTuple):
@@ -186,9 +184,13 @@ def _small_sizes(op: str, impl: str, tensors: Sequence[Tensor]) -> Sizes:
         return Sizes(
             length=next((n for n in CHECKED_LENGTHS if length <= n + 3), LONG), widths=widths
         )
-    batch, length = Sizes().batch, 33
-    if op in ("hidden_proj_mse", "hidden_combine_mse") and tensors[0].shape[0] >= MANY_ROWS:
-        length = MANY_ROWS // batch + 1
+    length = 33
+    if op in ("hidden_proj_mse", "hidden_combine_mse") and impl == "triton":
+        # Of many rows the tiles are others.
+        from bertkd.ops.triton.hidden_proj_mse import MANY_ROWS
+
+        if tensors[0].shape[0] >= MANY_ROWS:
+            length = MANY_ROWS // Sizes().batch + 1
     vocabulary = tensors[1].shape[0] if op == "linear_kl" else 1
     return Sizes(length=length, widths=widths, vocabulary=vocabulary)
 

@@ -84,6 +84,8 @@ def load_model(
     import torch
     from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+    from bertkd._seeding import seeded
+
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     classes = {
         "labels": AutoModelForSequenceClassification,
@@ -93,10 +95,8 @@ def load_model(
     with (
         quiet_transformers(),
         _said_plainly(path, argument, "a model"),
-        torch.random.fork_rng(devices=[]),
+        seeded(seed),
     ):
-        # Not torch.manual_seed: it would also reseed the GPUs, which fork_rng does not restore.
-        torch.default_generator.manual_seed(seed)
         try:
             return classes[head].from_pretrained(path, dtype=dtypes[precision], **config)
         except RuntimeError as error:

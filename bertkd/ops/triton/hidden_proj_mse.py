@@ -20,6 +20,8 @@ from bertkd.ops.triton.states import (
     product,
 )
 
+# From as many rows on projections in half precision have larger tiles.
+MANY_ROWS = 4096
 _ONE_WIDTH = "its kernel takes states of one width a side"
 
 
@@ -41,7 +43,7 @@ def proj_config(n_rows: int, k_width: int, dtype: torch.dtype, align: int) -> di
         rows, cols, depth, warps, stages = 64, 32, 32, 4, 2
     elif dtype == torch.float32:
         rows, cols, depth, warps, stages = 64, 64, 32, 4, 2
-    elif n_rows >= 4096:
+    elif n_rows >= MANY_ROWS:
         rows, cols, depth, warps, stages = 128, 128, 64, 8, 3
     else:
         rows, cols, depth, warps, stages = 64, 64, 64, 4, 3
