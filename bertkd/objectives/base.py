@@ -142,6 +142,24 @@ class StepContext:
             raise RuntimeError(f"the {role}'s logits were not kept; say so in the term's Needs")
         return logits
 
+    @property
+    def examples(self) -> Tensor | None:
+        """(B,), true at sequences with a real token: others fill a batch up. None where no mask is given."""
+        return None if self.mask is None else self.mask.bool().any(1)
+
+    def sum(self, per_example: Tensor) -> Tensor:
+        """Sum of (B,) over the sequences with a real token."""
+        examples = self.examples
+        if examples is not None:
+            per_example = per_example.where(examples.to(per_example.device), 0.0)
+        return per_example.sum()
+
+    def mean(self, per_example: Tensor) -> Tensor:
+        """Mean of (B,) over the sequences with a real token; 0 where none has one."""
+        examples = self.examples
+        count = len(per_example) if examples is None else examples.sum().clamp_min(1)
+        return self.sum(per_example) / count
+
     def first_token(self, hidden: Tensor) -> Tensor:
         """(B, L, d) -> (B, d): each row's first real token, so that left padding keeps its CLS."""
         if self.mask is None:

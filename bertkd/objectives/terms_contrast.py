@@ -36,7 +36,8 @@ class HidCLSContrast(Term):
     ``mode`` "bank" keeps an embedding of every training example (needs ``num_examples`` and
     ``batch["index"]``); "batch" and "queue" need neither. ``map`` "all" joins every state, anything
     else the states of its pairs. Class labels in the batch keep examples of one class from being each
-    other's negatives. ``@released`` is the bank with the paper's settings.
+    other's negatives. A sequence of pads only is an example like any other here. ``@released`` is the bank with the
+    paper's settings.
 
     Source: Tian et al. 2020 (CRD); the paper's Hid-CLS-Contrast.
     """

@@ -156,9 +156,9 @@ class HidCLS(HidSeq):
         """The first real token, (B, 1, d)."""
         return step.first_token(hidden).unsqueeze(1)
 
-    def row_mask(self, step: StepContext) -> None:
-        """Every example has a first token."""
-        return None
+    def row_mask(self, step: StepContext) -> Tensor | None:
+        """The sequences that have a first token, (B, 1)."""
+        return None if step.examples is None else step.examples.unsqueeze(1)
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: every teacher state; fused: the vectors compared."""

@@ -105,7 +105,7 @@ class KD(Term):
         """The loss; labels in the batch matter for per-token logits only."""
         z_s, z_t = step.logits("student"), step.logits("teacher")
         if self.regression:
-            return F.mse_loss(z_s.float(), z_t.float())
+            return step.mean((z_s.float() - z_t.float()).square().flatten(1).mean(-1))
         rows = _rows_that_count(z_s, step, self.all_tokens)
         return functional.softmax_kl(
             z_s,
@@ -196,7 +196,7 @@ class CE(Term):
 
 def _rows_that_count(logits: Tensor, step: StepContext, all_tokens: bool) -> Tensor | None:
     if logits.ndim == 2:
-        return None
+        return step.examples
     labels = None if all_tokens else step.batch.get("labels")
     if labels is not None and labels.shape == logits.shape[:2]:
         return labels.to(logits.device) != IGNORED

@@ -93,7 +93,7 @@ class PKD(StateTerm):
         ours = self.projected(index, step.first_token(step.student.states[s])).float()
         theirs = step.first_token(step.teacher.states[t]).float()
         distances = (F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)).square().sum(-1)
-        return distances.mean() if self.examples == "mean" else distances.sum()
+        return step.mean(distances) if self.examples == "mean" else step.sum(distances)
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: every teacher state; fused: the vectors compared."""
@@ -149,7 +149,8 @@ class ALP(Term):
         if self.projection is not None:
             ours = linear_float32(self.projection, ours)
         weights = torch.softmax(ours @ theirs.transpose(1, 2), -1)
-        return F.mse_loss(ours, (weights.detach() if self.detach else weights) @ theirs)
+        mixed = (weights.detach() if self.detach else weights) @ theirs
+        return step.mean((ours - mixed).square().mean((1, 2)))
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: every teacher state; fused: first tokens only."""
@@ -199,8 +200,8 @@ class Pool(StateTerm):
         ours = self.projected(index, mean_pool(step.student.states[s], step.mask))
         theirs = mean_pool(step.teacher.states[t], step.mask)
         if self.metric == "mse":
-            return F.mse_loss(ours, theirs)
-        return (1.0 - F.cosine_similarity(ours, theirs, dim=-1)).mean()
+            return step.mean((ours - theirs).square().mean(-1))
+        return step.mean(1.0 - F.cosine_similarity(ours, theirs, dim=-1))
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: every teacher state; fused: the vectors compared."""
