@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from bertkd.ops import triton, verify
-from bertkd.ops.triton import attention_mse, config, hidden_proj_mse
+from bertkd.ops.triton import attention_mse, config, hidden_proj_mse, linear_kl
 
 HALF, FULL = torch.float16, torch.float32
 
@@ -92,6 +92,24 @@ def test_the_tile_that_auto_checks_is_the_one_that_runs(rows, op):
         hidden_proj_mse.proj_config(n, 768, HALF, 8) for n in (small.batch * small.length, rows)
     ]
     assert tiles[0] == tiles[1]
+
+
+@pytest.mark.parametrize("classes", [3, 1000, 30522, 250_002])
+def test_the_chunks_that_auto_checks_are_like_those_that_run(classes):
+    for rows in (1, 256, 257, 512, 513, 2198, 2199, 4096, 16_640, 70_000):
+        states = torch.empty(rows, 768, device="meta")
+        decoder = torch.empty(classes, 768, device="meta")
+        sizes = verify._small_sizes("linear_kl", "triton", [states, decoder, states, decoder])
+        small, step = sizes.batch * sizes.length, linear_kl.chunk_rows(classes)
+        assert sizes.vocabulary == classes
+        left_out = linear_kl.leaves_rows_out(rows, classes)
+        assert linear_kl.leaves_rows_out(small, classes) == left_out
+        if left_out:
+            # As many have a weight in the check as are left out; several chunks stand for one too.
+            small //= 2
+            assert small > step
+        else:
+            assert (small > step) == (rows > step)
 
 
 @pytest.mark.parametrize(("value", "runs"), [("", False), ("0", False), ("1", True)])

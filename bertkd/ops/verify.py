@@ -191,7 +191,14 @@ def _small_sizes(op: str, impl: str, tensors: Sequence[Tensor]) -> Sizes:
 
         if tensors[0].shape[0] >= MANY_ROWS:
             length = MANY_ROWS // Sizes().batch + 1
-    vocabulary = tensors[1].shape[0] if op == "linear_kl" else 1
+    if op != "linear_kl":
+        return Sizes(length=length, widths=widths)
+    vocabulary = tensors[1].shape[0]
+    if impl == "triton":
+        # Of many rows there are several chunks, and those of weight 0 are left out.
+        from bertkd.ops.triton.linear_kl import rows_of_form
+
+        length = rows_of_form(tensors[0].shape[0], vocabulary) // Sizes().batch + 1
     return Sizes(length=length, widths=widths, vocabulary=vocabulary)
 
 

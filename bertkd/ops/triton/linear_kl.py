@@ -29,6 +29,24 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+def chunk_rows(classes: int) -> int:
+    """Rows in a chunk of logits of so many classes."""
+    return max(MIN_ROWS, CHUNK // classes // 128 * 128)
+
+
+def leaves_rows_out(n_rows: int, classes: int) -> bool:
+    """Whether rows of weight 0 are so much work that a GPU is waited for to count them."""
+    return n_rows * classes >= COMPACT
+
+
+def rows_of_form(n_rows: int, classes: int) -> int:
+    """A small number of rows, of which half may be of weight 0, that takes the same form as ``n_rows``."""
+    several = chunk_rows(classes) + 3
+    if leaves_rows_out(n_rows, classes):
+        return max(cdiv(COMPACT, classes), 2 * several)
+    return several if n_rows > chunk_rows(classes) else 99
+
+
 class _Side(NamedTuple):
     """One decoder: states (N, d) and weight (V, d) as operands, and the bias (V,)."""
 
@@ -55,7 +73,7 @@ class _Logits:
         n_rows, device = student.hidden.shape[0], student.hidden.device
         self.classes = student.weight.shape[0]
         self.whole = aligned_size(self.classes)
-        self.step = max(MIN_ROWS, CHUNK // self.classes // 128 * 128)
+        self.step = chunk_rows(self.classes)
         self.n_rows = n_rows
         # Rows that start at multiples of 16 bytes, as wide loads and matrix units want them.
         size = 2, min(self.step, n_rows), 8 * cdiv(self.classes, 8)
@@ -190,7 +208,8 @@ def _kept(row_weight: Tensor, vocabulary: int) -> Tensor | None:
     graph capture, and only where the projections saved (85 % in masked language modelling) outweigh it. Rows that
     are projected all the same still cost the row kernel nothing.
     """
-    small = row_weight.shape[0] * vocabulary < COMPACT
-    if row_weight.is_cuda and (small or torch.cuda.is_current_stream_capturing()):
-        return None
+    if row_weight.is_cuda:
+        worth_it = leaves_rows_out(row_weight.shape[0], vocabulary)
+        if not worth_it or torch.cuda.is_current_stream_capturing():
+            return None
     return row_weight.nonzero().squeeze(-1)
