@@ -32,6 +32,15 @@ def test_it_reloads_and_holds_nothing_of_the_training(tmp_path):
     assert os.listdir(tmp_path) == ["student"]
 
 
+def test_who_may_read_the_config_may_read_the_weights(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = export(tiny_model("bert", hidden=16, heads=2), None, tmp_path / "student")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {"0o640"}
+
+
 def test_only_our_own_or_an_empty_folder_is_replaced(tmp_path):
     model = tiny_model("bert", hidden=16, heads=2)
     path = tmp_path / "student"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def export(student: Any, tokenizer: Any | None, path: str | Path, card_text: str
         )
     with whole_directory(path) as temporary:
         student.save_pretrained(temporary)
+        for weights in temporary.glob("*.safetensors"):
+            # safetensors lets nobody but the owner read what it writes.
+            shutil.copymode(temporary / "config.json", weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         card = card_text.rstrip() or f"# {path.name}"
