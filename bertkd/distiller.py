@@ -85,7 +85,8 @@ class Distiller(nn.Module):
             teacher: a Hugging Face encoder; it is frozen in place.
             student: a Hugging Face encoder, possibly compiled.
             objective: text such as ``"att_kl + 0.5*hid_seq"``, or a preset's name.
-            layer_map: the map of terms that name none, see `layer_maps`.
+            layer_map: the map of terms that name none, see `layer_maps`. Explicit pairs such as
+                ``"0:3,1:7,2:11"`` are of blocks, 0-based; terms on states match the states behind these.
             impl: the implementation of terms that name none.
             attention: ``"auto"`` lets models on a CPU that use SDPA attend with bertkd's kernel (see
                 `use_cpu_attention`) while ``forward`` lasts, unless ``impl`` asks for another

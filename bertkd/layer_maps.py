@@ -84,7 +84,8 @@ def state_pairs(
     - ``"uniform"``, ``"last"``, ``"random"``: the outputs of the blocks that `block_pairs` gives,
       so both numbers are one higher and the embedding output (state 0) is left out.
     - ``"skip"``: ``"uniform"`` and the embedding output, ``(0, 0)``. 12 -> 3 is 0, 4, 8, 12.
-    - explicit pairs of states, written as for `block_pairs`.
+    - explicit pairs of states, written as for `block_pairs`: what a term's own ``map`` means (a map that all terms
+      share is of blocks, see `shared_state_pairs`).
 
     ``"combine"`` (all states of each side, concatenated) has no pairs: test for it before.
 
@@ -102,10 +103,8 @@ def state_pairs(
         if spec not in STATE_MAPS:
             raise unknown_name("layer map", spec, STATE_MAPS)
         name = "uniform" if spec == "skip" else spec
-        outputs = [
-            (s + 1, t + 1) for s, t in _named_blocks(name, num_student, num_teacher, generator)
-        ]
-        return ((0, 0), *outputs) if spec == "skip" else tuple(outputs)
+        behind = outputs(_named_blocks(name, num_student, num_teacher, generator))
+        return ((0, 0), *behind) if spec == "skip" else behind
     pairs = _read_pairs(spec)
     for side, who, blocks in ((0, "student", num_student), (1, "teacher", num_teacher)):
         for pair in pairs:
@@ -116,6 +115,23 @@ def state_pairs(
                     f"state {blocks} = output of its last block"
                 )
     return pairs
+
+
+def shared_state_pairs(spec: MapSpec, num_student: int, num_teacher: int) -> Pairs:
+    """Pairs of states for a map that terms on blocks read as well: explicit pairs are of blocks, and give the states
+    behind these, as the named maps do.
+
+    Raises:
+        TypeError, ValueError: as `block_pairs`; for names as `state_pairs`.
+    """
+    if isinstance(spec, str) and _is_name(spec):
+        return state_pairs(spec, num_student, num_teacher)
+    return outputs(block_pairs(spec, num_student, num_teacher))
+
+
+def outputs(blocks: Pairs) -> Pairs:
+    """Pairs of the states behind pairs of blocks."""
+    return tuple((s + 1, t + 1) for s, t in blocks)
 
 
 def check_map(spec: MapSpec) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
@@ -38,6 +39,18 @@ def test_plan_counts_parameters_and_bytes():
     assert table[0] == "objective  att_kl + 0.5*hid_seq + qkv_kl"
     assert any(line.split()[:3] == ["hid_seq", "0.5", "1:2,2:4"] for line in table)
     assert max(map(len, table)) <= 110
+
+
+def test_pairs_that_all_terms_share_are_of_blocks_and_a_terms_own_of_states():
+    objective = "att_kl + hid_seq + hid_cls + hid_cos + hid_cos(map='0:0,2:4')"
+    uniform, explicit, array = (
+        [term.layer_map for term in Distiller(*models(), objective, layer_map=pairs).plan().terms]
+        for pairs in ("uniform", "0:1,1:3", np.array([[0, 1], [1, 3]]))
+    )
+    assert explicit == ["0:1,1:3", "1:2,2:4", "1:2,2:4", "1:2,2:4", "0:0,2:4"]
+    assert uniform == array == explicit
+    with pytest.raises(ValueError, match=r"term hid_seq: .*teacher block 4 is out of range"):
+        Distiller(*models(), "hid_seq", layer_map="0:1,1:4")
 
 
 def test_fused_bytes_grow_with_length_and_naive_ones_with_its_square():

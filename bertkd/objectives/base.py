@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from bertkd.encoders import EncoderSpec
 from bertkd.errors import unknown_name
-from bertkd.layer_maps import MapSpec, Pairs, block_pairs, format_pairs, is_random, state_pairs
+from bertkd.layer_maps import (
+    MapSpec,
+    Pairs,
+    block_pairs,
+    format_pairs,
+    is_random,
+    outputs,
+    shared_state_pairs,
+    state_pairs,
+)
 
 if TYPE_CHECKING:
     from bertkd.capture import Recording
@@ -89,7 +98,7 @@ class RandomMap:
     @property
     def states(self) -> Pairs:
         """The current draw as pairs of states."""
-        return tuple((s + 1, t + 1) for s, t in self.blocks)
+        return outputs(self.blocks)
 
 
 @dataclass
@@ -243,8 +252,11 @@ class MappedTerm(Term):
             self._pairs = fixed["pairs"]
         elif is_random(spec):
             self._random = setup.shared_random_map()
+        elif self.STATES:
+            pairs_of = shared_state_pairs if map is None else state_pairs
+            self._pairs = pairs_of(spec, *setup.depths)
         else:
-            self._pairs = (state_pairs if self.STATES else block_pairs)(spec, *setup.depths)
+            self._pairs = block_pairs(spec, *setup.depths)
 
     @property
     def pairs(self) -> Pairs:

@@ -138,7 +138,7 @@ def build_objective(
         objective: text such as ``"att_kl + 0.5*hid_seq(map='skip')"``, a preset's name, or a parsed
             expression.
         student, teacher: Hugging Face encoders, bare or with a head.
-        layer_map: the map of terms that name none.
+        layer_map: the map of terms that name none; explicit pairs are of blocks, for terms on states too.
         impl: the implementation of terms that name none.
         num_examples: rows of the training set, for memory banks.
         seed: of projections, banks and random maps. The global generator is left as it was.

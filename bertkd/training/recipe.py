@@ -31,7 +31,8 @@ class Stage:
     Attributes:
         objective: the objective's text or preset, e.g. ``"att_kl + val_kl"``.
         name: names the stage's folder and its log.
-        layer_map: which student block learns from which teacher block; see ``bertkd.layer_maps``.
+        layer_map: which student block learns from which teacher block, and its output from whose output; see
+            ``bertkd.layer_maps``.
         steps: number of updates.
         epochs: number of passes over the data, fractions allowed.
         batch_size: examples per update, over all processes and micro-batches together.
