@@ -14,6 +14,8 @@ from torch import nn
 from bertkd.distiller import Distiller
 from bertkd.errors import UnsupportedEncoderError
 from bertkd.objectives import TERMS, read_objective
+from bertkd.ops.dispatch import has_op, unavailable
+from bertkd.ops.verify import TENSORS
 
 
 class Vocabulary:
@@ -336,3 +338,28 @@ def test_blocks_of_different_softmax_scales_are_refused(objective):
     teacher.encoder.layer[3].attention.self.scaling *= 2
     with pytest.raises(ValueError, match=rf"{objective} compares blocks with one softmax scale"):
         distiller(tiny_batch(teacher))
+
+
+@pytest.mark.skipif(unavailable("native") is not None, reason="the native kernels are not built")
+@pytest.mark.parametrize(
+    ("objective", "lacking"),
+    [
+        ("att_kl + hid_cos", "term hid_cos: .* has no hidden_cosine; use 'auto'"),
+        ("hid_seq(project=True)", "term hid_seq: .* has no hidden_proj_mse"),
+        ("hid_seq(map='combine')@released", "term hid_seq: .* has no hidden_combine_mse"),
+        ("att_kl + att_mse + val_kl + qkv_kl + hid_seq + hid_cls", None),
+        ("hid_cos(impl='chunked') + att_kl@released + att_pearson + pool", None),
+    ],
+)
+def test_an_implementation_that_lacks_a_terms_op(objective, lacking):
+    if lacking is not None:
+        refused(objective, lacking, impl="native")
+        return
+    teacher, student = tiny_model("bert", layers=4), tiny_model("bert", layers=2, seed=1)
+    assert Distiller(teacher, student, objective, impl="native")(tiny_batch(teacher)).loss > 0
+
+
+def test_cuda_has_some_ops_and_triton_all():
+    assert has_op("cuda", "self_relation_kl")
+    assert not has_op("cuda", "attention_mse")
+    assert all(has_op("triton", op) and has_op("chunked", op) for op in TENSORS)

@@ -147,6 +147,8 @@ def default_relation_heads(student: Side, teacher: Side) -> int:
 class RelationTerm(AttentionTerm):
     """A KL of relations softmax(x y^T * scale) over pairs of blocks; subclasses pick x and y."""
 
+    op = "relation_kl"
+
     def __init__(
         self,
         setup: Setup,

@@ -205,6 +205,9 @@ class Term(nn.Module):
 
     kind: ClassVar[str] = ""
     RELEASED: ClassVar[Mapping[str, Any]] = {}
+    # Stem of the op that computes the term by its ``impl``; None where PyTorch does.
+    op: str | None = None
+    impl: str = "auto"
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,6 +20,7 @@ from bertkd.objectives.base import (
     option_names,
 )
 from bertkd.objectives.expression import Expression, TermSpec, syntax_error
+from bertkd.objectives.options import check_has_op
 from bertkd.objectives.presets import expand
 from bertkd.objectives.sides import describe_side
 
@@ -175,7 +176,9 @@ def _build(spec: TermSpec, setup: Setup) -> Term:
             raise syntax_error(f"{spec.kind} has no @released variant", spec.text, spec.position)
         options = {**cls.RELEASED, **options}
     try:
-        term = cast(Any, cls)(setup, **options)
+        term = cast(Term, cast(Any, cls)(setup, **options))
+        if term.op is not None:
+            check_has_op(term.impl, term.op)
     except (TypeError, ValueError) as error:
         raise type(error)(f"term {spec.name}: {error}") from error
     term.name, term.weight = spec.name, spec.weight

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from bertkd.errors import unknown_name
-from bertkd.ops.dispatch import IMPLS, unavailable
+from bertkd.ops.dispatch import IMPLS, has_op, unavailable
 
 
 def positive(name: str, value: Any) -> float:
@@ -51,6 +51,16 @@ def implementation(impl: str | None, default: str) -> str:
     if reason is not None:
         raise ValueError(f"impl={chosen!r} cannot be used: {reason}; use 'auto' or 'chunked'")
     return chosen
+
+
+def check_has_op(impl: str, op: str) -> None:
+    """Check that the implementation a term uses has the op that it needs.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if impl != "auto" and not has_op(impl, op):
+        raise ValueError(f"impl={impl!r} cannot be used: it has no {op}; use 'auto' or 'chunked'")
 
 
 def flag(name: str, value: Any) -> bool:

@@ -21,6 +21,7 @@ class AttMSE(AttentionTerm):
     """
 
     kind: ClassVar[str] = "att_mse"
+    op = "attention_mse"
     PARTS: ClassVar[str] = "qk"
     RELEASED: ClassVar[Mapping[str, Any]] = {
         "map": "uniform",

@@ -67,6 +67,9 @@ class HidSeq(StateTerm):
             ours, theirs = ((n + 1) * w for n, w in zip(self.depths, self.widths, strict=True))
             sizes = (ours, theirs) if combine_on == "student" else (theirs, ours)
             self.projections = nn.ModuleList([nn.Linear(*sizes)])
+        joins_teacher = self.combined and combine_on == "teacher"
+        projected = "hidden_combine_mse" if joins_teacher else "hidden_proj_mse"
+        self.op = projected if self.projections else "hidden_mse"
 
     def needs(self) -> Needs:
         """The states of the pairs, or all of them."""
@@ -173,6 +176,7 @@ class HidCos(StateTerm):
     """
 
     kind: ClassVar[str] = "hid_cos"
+    op = "hidden_cosine"
 
     def __init__(
         self, setup: Setup, *, count_pads: bool = False, impl: str | None = None, **states: Any

@@ -66,6 +66,7 @@ class KD(Term):
 
     kind: ClassVar[str] = "kd"
     RELEASED: ClassVar[Mapping[str, Any]] = {"temperature": 2.0, "t_squared": True}
+    op = "softmax_kl"
 
     def __init__(
         self,

@@ -56,6 +56,11 @@ def unavailable(impl: str) -> str | None:
     return implementation(impl).unavailable()
 
 
+def has_op(impl: str, op: str) -> bool:
+    """Whether ``impl`` computes ``op`` at all; on which tensors, ``resolve`` finds out."""
+    return impl == "eager" or hasattr(implementation(impl), f"{op}_fwd_bwd")
+
+
 def requested(impl: str = "auto", eager_only: str | None = None) -> str:
     """The implementation asked for, by the argument or else by ``BERTKD_IMPL``; may still be "auto".
 
