@@ -4,6 +4,7 @@ import pytest
 
 from bertkd.cli.main import main
 from bertkd.ops import verify
+from bertkd.ops.dispatch import implementation
 
 SMALL = [
     "verify",
@@ -79,6 +80,15 @@ def test_nothing_checked_is_not_all_right(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "not run: it is too small" in captured.out
     assert "nothing was checked on cpu" in captured.err
+
+
+def test_a_machine_without_fast_code_is_no_wrong_option(capsys, monkeypatch):
+    for impl in ("native", "triton", "cuda"):
+        monkeypatch.setattr(implementation(impl), "unavailable", lambda: "not built")
+    assert main(["verify"]) == 1
+    assert (
+        "no fast implementation runs here, nothing to check (native: not" in capsys.readouterr().err
+    )
 
 
 def test_what_does_not_fit_is_one_line(capsys):
