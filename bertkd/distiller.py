@@ -62,6 +62,7 @@ class Distiller(nn.Module):
 
         distiller = Distiller(teacher, create_student(teacher, "uniform:3"), "att_kl + hid_seq")
         optimizer = torch.optim.AdamW(distiller.parameter_groups(lr=3e-4))
+        distiller.train()  # the student has dropout now, the teacher has not; loaded models are in eval mode
         distiller(batch).loss.backward()
     """
 

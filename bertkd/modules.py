@@ -57,7 +57,8 @@ class _Loss(nn.Module):
     """A loss whose keyword options are fixed at construction; ``forward`` takes the tensors and may add options.
 
     Raises:
-        TypeError, ValueError: an unknown option, or a value that the loss would refuse later.
+        TypeError, ValueError: an unknown option, or a value that the loss would refuse later; whether ``impl`` can
+            run depends on the tensors, so the loss says.
     """
 
     loss: Any

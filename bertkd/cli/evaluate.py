@@ -21,7 +21,7 @@ ALL = "all"
 class Config(TaskOptions):
     """Score a model on a task, beside its teacher if one is given.
 
-      bertkd evaluate --model runs/rte/model --task rte
+      bertkd evaluate --model runs/rte/model --task rte --max_length 512
       bertkd evaluate --model runs/rte/model --task new.csv --split all
       bertkd evaluate --model student --teacher teacher --task pydocs-retrieval --split test
 
@@ -30,7 +30,8 @@ class Config(TaskOptions):
         teacher: Second model to compare with; for pydocs-retrieval also by Spearman's rho of all
             similarities.
         split: validation, test, another validation set of the task, or all: every row of a local file.
-        max_length: Tokens per example at most.
+        max_length: Tokens per example at most; give the length that the model was trained with (512 in
+            the recipes of GLUE's tasks).
         output: JSON file to write the scores to.
     """
 

@@ -17,7 +17,7 @@ class TaskOptions:
 
     Attributes:
         task: GLUE task (rte, sst2, ...), pydocs-topic, pydocs-match, pydocs-retrieval, or a CSV, TSV,
-            JSON Lines or Parquet file or a folder of them. Default: that of a recipe.
+            JSON Lines or Parquet file or a folder of them. Default: the recipe's, where one is given.
         text_column: Local files: column of the text. Default: guessed from common names.
         pair_column: Local files: column of the second text of a pair. Default: single texts.
         label_column: Local files: column of the label. Default: guessed from common names.

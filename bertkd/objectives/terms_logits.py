@@ -57,9 +57,9 @@ def need_head(side: Side, term: str) -> None:
 class KD(Term):
     """Distillation of logits: T^2 KL(softmax(z_t / T) || softmax(z_s / T)), mean over rows.
 
-    Sequence heads have one row per example; token heads one per real token; masked-language-model
-    heads one per position whose label is not -100, or per real token where there are no labels or with
-    ``all_tokens=True``. Regression (one output) is the mean squared difference of the logits.
+    Sequence heads have one row per example; token and masked-language-model heads one per position
+    whose label is not -100, or per real token where there are no labels or with ``all_tokens=True``.
+    Regression is the mean squared difference of the logits.
 
     Source: Hinton et al. 2015. The released code's KD baseline uses T = 2 (``@released``).
     """
