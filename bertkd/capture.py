@@ -150,7 +150,12 @@ def _is_distributed(module: nn.Module) -> bool:
 
 
 def _indices(argument: str, values: Iterable[int], last: int) -> frozenset[int]:
-    indices = frozenset(operator.index(value) for value in values)
+    try:
+        indices = frozenset(operator.index(value) for value in values)
+    except TypeError:
+        raise TypeError(
+            f"{argument} must be whole numbers such as [0, 2], got {values!r}"
+        ) from None
     wrong = sorted(i for i in indices if not 0 <= i <= last)
     if wrong:
         note = " (state 0 is the embedding output, state i + 1 the output of block i)"

@@ -197,8 +197,9 @@ def test_bad_indices_are_refused():
         Capture(model, blocks=[0, 7, 3])
     with pytest.raises(ValueError, match=r"states must lie in 0\.\.3, got -1 .*embedding"):
         Capture(model, states=[-1])
-    with pytest.raises(TypeError):
-        Capture(model, blocks=[0.5])
+    for wrong in ([0.5], 2):
+        with pytest.raises(TypeError, match="blocks must be whole numbers such as"):
+            Capture(model, blocks=wrong)
     Capture(model, states=[3], blocks=torch.arange(2))
 
 

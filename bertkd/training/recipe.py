@@ -161,7 +161,7 @@ class Recipe:
 
     Attributes:
         stages: run one after the other; each starts from the student the one before left.
-        task: what the data is, as ``bertkd.data.load_task`` names it.
+        task: what the data is, as ``bertkd.data.load_task`` names it, or "pydocs-retrieval".
         layers: the teacher blocks a student is made of, as ``create_student`` takes them.
         hidden_size: the student's width; the teacher's if None.
         copy_head: whether the student starts with the teacher's task head.
