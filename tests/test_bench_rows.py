@@ -227,7 +227,8 @@ def test_short_table_lines_up():
     ]
     values = [replace(row, mode="fwd") for row in rows_of("native", 1.0, 9.0)]
     assert summary.short_table([*ROWS, *values]) == summary.short_table(ROWS)
-    assert summary.short_table([MAIN]) == "no speed-up was measured"
+    for without in ([MAIN], values):
+        assert "no speed-up over eager with gradients" in summary.short_table(without)
 
 
 def test_readme_block_comes_from_the_rows():
