@@ -7,15 +7,16 @@ what is proved is what is shipped::
 
     from harness import Case
 
-    from bertkd.kernels.softmax_kl import kl_loop_kernel
+    from bertkd.kernels.softmax_kl import softmax_kl_loop_kernel
     from bertkd.ops.triton.softmax_kl import loop_config
 
     def cases():
-        constants, num_warps, num_stages = loop_config(...)
+        constants = loop_config(...)
+        launch = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
         return [
             Case(
                 op="softmax_kl", form="loop", dtype="bf16", width=30522, arch=arch,
-                kernel=kl_loop_kernel,
+                kernel=softmax_kl_loop_kernel,
                 # Run-time arguments by name: "*bf16", "*fp32", "*i1" (a bool tensor), "i32", "i64", "fp32"; a tuple of
                 # these for a tuple argument.
                 signature={"z_s": "*bf16", "z_t": "*bf16", ..., "classes": "i32"},
@@ -23,7 +24,7 @@ what is proved is what is shipped::
                 constants=constants,
                 # Integers known to be multiples of 16; pointers always are aligned.
                 divisible=("stride_s",),
-                num_warps=num_warps, num_stages=num_stages,
+                **launch,
                 max_registers=128,          # default 255
                 max_spills=32,              # default 0; bytes, where measuring showed that they do not matter
                 tensor_cores=False,         # True: HMMA or HGMMA must be there; False: must not; None: either

@@ -58,8 +58,8 @@ class Needs:
 class Side:
     """The student or the teacher, as far as terms need to know it before the first step.
 
-    ``head`` is "none", "sequence", "token", "mlm" or "other"; ``problem`` is "classification",
-    "regression" or "multi_label" and says what labels mean.
+    ``head`` is "none", "sequence", "token", "mlm", "foreign" (its logits are no rows of classes) or
+    "other"; ``problem`` is "classification", "regression" or "multi_label" and says what labels mean.
     """
 
     role: str

@@ -8,7 +8,6 @@ their device, dtype and shape.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Sequence

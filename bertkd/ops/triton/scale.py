@@ -9,12 +9,11 @@ from torch import Tensor
 
 from bertkd.kernels.scale import scale_kernel
 from bertkd.ops.dispatch import warn_once
-from bertkd.ops.tensors import guard
+from bertkd.ops.tensors import DTYPES, guard
 from bertkd.ops.triton.attention import cdiv, resident_programs
 from bertkd.ops.triton.states import grouped
 
 BLOCK = 4096
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def can_scale(x: Tensor, factor: Tensor) -> bool:
