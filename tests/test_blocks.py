@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertkd import functional
 from bertkd.ops.autograd import _divided
-from bertkd.ops.dispatch import unavailable
+from bertkd.ops.implementations import unavailable
 from bertkd.ops.schema import OPS
 from bertkd.ops.shared import found_once, shared_calls
 

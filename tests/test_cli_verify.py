@@ -4,7 +4,7 @@ import pytest
 
 from bertkd.cli.main import main
 from bertkd.ops import verify
-from bertkd.ops.dispatch import implementation
+from bertkd.ops.implementations import implementation
 
 SMALL = [
     "verify",

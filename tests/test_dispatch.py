@@ -8,7 +8,7 @@ import torch
 from attention_cases import qkv
 
 from bertkd import functional
-from bertkd.ops import chunked, dispatch, verify
+from bertkd.ops import chunked, dispatch, implementations, verify
 from bertkd.ops.schema import value_form
 
 OPS = verify.TENSORS
@@ -22,13 +22,13 @@ def fast(monkeypatch):
         unavailable=lambda: None,
         refusal=lambda op, tensors: None,
     )
-    real = dispatch.implementation
-    for user in (dispatch, verify):
+    real = implementations.implementation
+    for user in (implementations, dispatch, verify):
         monkeypatch.setattr(
             user, "implementation", lambda impl: module if impl == "fast" else real(impl)
         )
     monkeypatch.setattr(dispatch, "PREFERRED", {"cpu": "fast"})
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(implementations, "_warned", set())
     monkeypatch.setattr(verify, "_verdicts", {})
     return module
 
@@ -187,8 +187,9 @@ def test_the_self_relation_is_its_general_form_with_both_gradients_added():
 def gpu(monkeypatch):
     """A tensor as on a GPU, for which every kernel is there and what it says of one can be set."""
     triton = types.SimpleNamespace(unavailable=lambda: None, refusal=lambda op, tensors: None)
-    monkeypatch.setattr(dispatch, "implementation", lambda impl: triton)
-    monkeypatch.setattr(dispatch, "_warned", set())
+    for user in (implementations, dispatch):
+        monkeypatch.setattr(user, "implementation", lambda impl: triton)
+    monkeypatch.setattr(implementations, "_warned", set())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     device = torch.device("cuda", 0)
     tensor = types.SimpleNamespace(device=device, dtype=torch.float32, shape=(2, 3, 7, 8))

@@ -7,7 +7,7 @@ import pytest
 from far_apart import case_of, check
 
 from bertkd.ops import native, verify
-from bertkd.ops.dispatch import implementation, unavailable
+from bertkd.ops.implementations import implementation, unavailable
 from bertkd.ops.schema import value_form
 
 

@@ -6,7 +6,7 @@ from far_apart import case_of, check
 from oracle import relative
 
 from bertkd.ops import verify
-from bertkd.ops.dispatch import implementation, unavailable
+from bertkd.ops.implementations import implementation, unavailable
 from bertkd.ops.schema import value_form
 from bertkd.ops.tensors import float_tensors
 

@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div, log_softmax, softmax
 from bertkd import functional
 from bertkd.ops.chunked import linear_kl as chunked_linear
 from bertkd.ops.chunked import tiles
-from bertkd.ops.dispatch import implementation
+from bertkd.ops.implementations import implementation
 
 
 def normal(*shape, seed, dtype=torch.float32):

@@ -14,7 +14,7 @@ from torch import nn
 from bertkd.distiller import Distiller
 from bertkd.errors import UnsupportedEncoderError
 from bertkd.objectives import TERMS, read_objective
-from bertkd.ops.dispatch import has_op, unavailable
+from bertkd.ops.implementations import has_op, unavailable
 from bertkd.ops.verify import TENSORS
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 import bertkd
 from bertkd import functional
 from bertkd.ops import verify
-from bertkd.ops.dispatch import implementation, unavailable
+from bertkd.ops.implementations import implementation, unavailable
 from bertkd.ops.schema import OPS, value_form
 from bertkd.ops.tensors import float_tensors
 

@@ -9,7 +9,7 @@ from oracle import relative
 import bertkd
 from bertkd import functional
 from bertkd.ops import dispatch, verify
-from bertkd.ops.dispatch import implementation
+from bertkd.ops.implementations import implementation
 from bertkd.ops.schema import value_form
 
 pytestmark = [

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bertkd.ops import dispatch
+from bertkd.ops import implementations
 from bertkd.ops.triton import scale
 from bertkd.ops.triton.scale import BLOCK, can_scale, is_right, scale_
 
@@ -118,7 +118,7 @@ def test_it_is_tried_before_it_is_trusted(dtype, monkeypatch):
     def fails(xs, factor):
         raise OSError("no C compiler")
 
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(implementations, "_warned", set())
     monkeypatch.setattr(scale, "_right", {})
     monkeypatch.setattr(scale, "scale_", fails)
     with pytest.warns(RuntimeWarning, match="kernel raised OSError: no C compiler"):

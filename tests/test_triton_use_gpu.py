@@ -8,7 +8,7 @@ from oracle import relative
 
 from bertkd import functional
 from bertkd.ops import verify
-from bertkd.ops.dispatch import implementation
+from bertkd.ops.implementations import implementation
 
 pytestmark = [
     pytest.mark.gpu,

@@ -54,7 +54,7 @@ def _devices() -> list[str]:
 
 
 def _implementations() -> list[str]:
-    from bertkd.ops.dispatch import IMPLS, unavailable
+    from bertkd.ops.implementations import IMPLS, unavailable
 
     found = {impl: _state(unavailable(impl)) for impl in IMPLS}
     if found["native"] == "on":

@@ -45,7 +45,7 @@ def prepare(config: Config) -> Callable[[], None]:
     import torch
 
     from bertkd.errors import unknown_name
-    from bertkd.ops.dispatch import unavailable
+    from bertkd.ops.implementations import unavailable
 
     for name in ("dtypes", "head_widths"):
         if not getattr(config, name):

@@ -54,7 +54,8 @@ def prepare(config: Config) -> Callable[[], None]:
     """
     from bertkd.bench.environment import find_device
     from bertkd.errors import unknown_name
-    from bertkd.ops.dispatch import IMPLS, op_of_loss, unavailable
+    from bertkd.ops.dispatch import op_of_loss
+    from bertkd.ops.implementations import IMPLS, unavailable
 
     ops = list(dict.fromkeys(op_of_loss(name) for name in config.ops))
     if not config.dtypes:
@@ -89,7 +90,7 @@ def _nothing_to_check(reasons: str) -> NoReturn:
 def _run(config: Config, ops, impls, dtypes, device) -> None:
     import torch
 
-    from bertkd.ops.dispatch import implementation
+    from bertkd.ops.implementations import implementation
     from bertkd.ops.schema import value_form
     from bertkd.ops.tensors import float_tensors
     from bertkd.ops.verify import TENSORS, Sizes, compare, random_case

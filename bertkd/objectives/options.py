@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from bertkd.errors import unknown_name
-from bertkd.ops.dispatch import IMPLS, has_op, unavailable
+from bertkd.ops.implementations import IMPLS, has_op, unavailable
 
 
 def positive(name: str, value: Any) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bertkd.ops.checks import HALVES
-from bertkd.ops.dispatch import unavailable
+from bertkd.ops.implementations import unavailable
 from bertkd.ops.rows import weighted
 from bertkd.ops.schema import LEAVES_ROWS_OUT, OPS, value_form
 from bertkd.ops.shared import shared_calls

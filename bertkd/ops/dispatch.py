@@ -7,21 +7,18 @@ their device, dtype and shape.
 
 from __future__ import annotations
 
-import importlib
 import os
-import warnings
 from collections.abc import Sequence
-from functools import cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bertkd.errors import unknown_name
+from bertkd.ops import verify
+from bertkd.ops.implementations import IMPLS, implementation, unavailable, warn_once
 from bertkd.ops.tensors import float_tensors
 
-IMPLS = ("eager", "chunked", "native", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "BERTKD_IMPL"
 
 # What "auto" prefers to the portable default, by type of device. "cuda" is never chosen: on an H200
@@ -32,32 +29,12 @@ PREFERRED = {"cpu": "native", "cuda": "triton"}
 # "auto" uses a Triton kernel only after it has agreed with chunked on a small case.
 PROVEN_GPUS: frozenset[str] = frozenset()
 
-_warned: set[str] = set()
-
 
 class Choice(NamedTuple):
     """An implementation and the reason for it, as ``explain`` prints it."""
 
     impl: str
     reason: str
-
-
-@cache
-def implementation(impl: str) -> ModuleType:
-    """The module with an implementation's ops; ``eager`` has none, the reference is differentiated by autograd."""
-    return importlib.import_module(f"bertkd.ops.{impl}")
-
-
-def unavailable(impl: str) -> str | None:
-    """Why ``impl`` cannot run in this installation, or None if it can."""
-    if impl in ("eager", "chunked"):
-        return None
-    return implementation(impl).unavailable()
-
-
-def has_op(impl: str, op: str) -> bool:
-    """Whether ``impl`` computes ``op`` at all; on which tensors, ``resolve`` finds out."""
-    return impl == "eager" or hasattr(implementation(impl), f"{op}_fwd_bwd")
 
 
 def requested(impl: str = "auto", eager_only: str | None = None) -> str:
@@ -68,7 +45,7 @@ def requested(impl: str = "auto", eager_only: str | None = None) -> str:
         eager_only: the argument that only ``eager`` implements, if the caller gave one.
 
     Raises:
-        ValueError: for an unknown ``impl``, one that is not installed, or one that lacks ``eager_only``.
+        ValueError: for an unknown ``impl``, or one that lacks ``eager_only``.
     """
     if impl == "auto":
         impl = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -123,16 +100,7 @@ def _unproven(op: str, tensors: Sequence[Tensor], form: str) -> str | None:
     """Why a Triton kernel may not run unasked on this GPU: unmeasured there, and not yet seen to be right."""
     if torch.cuda.get_device_name(tensors[0].device) in PROVEN_GPUS:
         return None
-    from bertkd.ops.verify import disagreement
-
-    return disagreement(op, "triton", tensors, form)
-
-
-def warn_once(message: str) -> None:
-    """Warn, but not again for the same message in this process."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return verify.disagreement(op, "triton", tensors, form)
 
 
 # A loss is not always an op of its own.

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertkd.ops.dispatch import implementation, resolve
+from bertkd.ops.dispatch import resolve
+from bertkd.ops.implementations import implementation
 from bertkd.ops.tensors import float_tensors
 from bertkd.reference import compute_dtype
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bertkd.ops.dispatch import implementation, warn_once
+from bertkd.ops.implementations import implementation, warn_once
 
 # Rounding the inputs of a matrix product to half precision and its result once costs this much, relative.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bertkd.kernels.scale import scale_kernel
-from bertkd.ops.dispatch import warn_once
+from bertkd.ops.implementations import warn_once
 from bertkd.ops.tensors import DTYPES, guard
 from bertkd.ops.triton.attention import cdiv, resident_programs
 from bertkd.ops.triton.states import grouped
