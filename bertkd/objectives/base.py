@@ -118,6 +118,10 @@ class Setup:
         """Numbers of blocks of the student and of the teacher."""
         return self.student.spec.num_blocks, self.teacher.spec.num_blocks
 
+    def map_of(self, own: MapSpec | None) -> MapSpec:
+        """The map of a term: its own, or else the objective's."""
+        return self.layer_map if own is None else own
+
     def shared_random_map(self) -> RandomMap:
         """The objective's one random map, made when the first term asks for it."""
         if self.random_map is None:
@@ -232,27 +236,30 @@ class Term(nn.Module):
 
 
 class MappedTerm(Term):
-    """A term over pairs of layers; subclasses say whether those are blocks or states."""
+    """A term over pairs of layers; subclasses say whether those are blocks or states.
+
+    ``pairs`` are a subclass's in place of a map; no user can write them, as they are not keyword-only.
+    """
 
     STATES: ClassVar[bool] = False
 
     def __init__(
         self,
         setup: Setup,
+        pairs: Pairs | None = None,
         *,
         map: MapSpec | None = None,
         reduction: str = "sum",
-        **fixed: Pairs,
     ) -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
             raise unknown_name("reduction", str(reduction), REDUCTIONS)
         self.reduction = reduction
-        spec = setup.layer_map if map is None else map
+        spec = setup.map_of(map)
         self._random: RandomMap | None = None
         self._pairs: Pairs = ()
-        if "pairs" in fixed:
-            self._pairs = fixed["pairs"]
+        if pairs is not None:
+            self._pairs = pairs
         elif is_random(spec):
             self._random = setup.shared_random_map()
         elif self.STATES:

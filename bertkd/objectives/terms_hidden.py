@@ -50,7 +50,7 @@ class HidSeq(StateTerm):
         Raises:
             ValueError: a map out of range, or unequal widths with ``project=False``.
         """
-        spec = setup.layer_map if states.get("map") is None else states["map"]
+        spec = setup.map_of(states.get("map"))
         # A map may be an array, which compares element by element.
         self.combined = isinstance(spec, str) and spec == "combine"
         if combine_on not in ON:
@@ -104,8 +104,7 @@ class HidSeq(StateTerm):
         theirs = [self.select(step, step.teacher.states[t]) for _, t in self.pairs]
         if not self.projections:
             # One launch for all states.
-            total = self._mse(step, ours, theirs, None)
-            return total if self.reduction == "sum" else total / len(ours)
+            return self.reduced(self._mse(step, ours, theirs, None), len(ours))
         return self.over_pairs(
             self._mse(step, h_s, h_t, self.projection(i))
             for i, (h_s, h_t) in enumerate(zip(ours, theirs, strict=True))

@@ -105,7 +105,6 @@ class QKVKL(RelationTerm):
         )
         super().__init__(
             setup,
-            map=None,
             pairs=(pair,),
             relation_heads=relation_heads,
             count_pads=count_pads,
