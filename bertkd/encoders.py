@@ -219,6 +219,14 @@ def last_norm(model: nn.Module) -> nn.Module | None:
     return getattr(base_model(model), "final_norm", None)
 
 
+def not_loaded(weight: str) -> UnsupportedEncoderError:
+    """Build the error for a teacher with a weight, given by its name, that is on device "meta"."""
+    return UnsupportedEncoderError(
+        f"the teacher's weights are not loaded, {weight!r} is on device 'meta': load it with from_pretrained, "
+        "without a device_map that offloads"
+    )
+
+
 def depth_field(config: PretrainedConfig) -> str:
     """Return the name of the config's field that holds the number of blocks."""
     return _layout(config).depth

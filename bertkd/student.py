@@ -182,10 +182,7 @@ def _check_weights(model: nn.Module) -> None:
     weights = _weights(model)
     unloaded = [n for n, weight in weights.items() if getattr(weight, "is_meta", False)]
     if unloaded:
-        raise UnsupportedEncoderError(
-            f"the teacher's weights are not loaded, {unloaded[0]!r} is on device 'meta': load it "
-            "with from_pretrained, without a device_map that offloads"
-        )
+        raise encoders.not_loaded(unloaded[0])
     if any(type(weight).__name__ == "DTensor" for weight in weights.values()):
         raise UnsupportedEncoderError(
             "the teacher's weights are sharded over processes: make the student before fully_shard"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bertkd.encoders import base_model, block_list, describe, unwrap
+from bertkd.encoders import base_model, block_list, describe, not_loaded, unwrap
 from bertkd.objectives.base import Needs, Side
 
 _HEADS = {
@@ -91,12 +91,9 @@ def check_models(
         raise ValueError(
             "the student has no trainable parameter; call student.requires_grad_(True)"
         )
-    on_meta = any(p.is_meta for p in teacher.parameters())
-    if on_meta and not any(p.is_meta for p in student.parameters()):
-        raise ValueError(
-            "the teacher's weights are not loaded, they are on device 'meta': load it with from_pretrained, "
-            "without a device_map that offloads"
-        )
+    unloaded = [name for name, weight in teacher.named_parameters() if weight.is_meta]
+    if unloaded and not any(p.is_meta for p in student.parameters()):
+        raise not_loaded(unloaded[0])
     if (student_tokenizer is None) != (teacher_tokenizer is None):
         raise ValueError("give both teacher_tokenizer and student_tokenizer, or neither")
     ours, theirs = describe(student).vocab_size, describe(teacher).vocab_size
