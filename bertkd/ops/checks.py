@@ -44,27 +44,24 @@ def check_tensors(op: str, rank: int | None, **tensors: Tensor) -> None:
             )
 
 
-def check_mask(
-    op: str, name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device
-) -> None:
-    """Refuse a mask, row weight or bias of another shape or device, and a mask of floats."""
-    if mask is None:
-        return
+def check_mask(op: str, mask: Tensor, rows: tuple[int, ...], device: torch.device) -> None:
+    """Refuse what is no tensor of the rows' shape and device, and a mask of floats."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(mask).__name__}.")
-    is_mask = name == "mask"
-    if tuple(mask.shape) != shape:
-        advice = (
-            " Pass the tokenizer's 2-D attention_mask (1 = real token), not an additive one."
-            if is_mask
-            else ""
-        )
-        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(mask.shape)}.{advice}")
-    if is_mask:
-        check_mask_dtype(f"{op}: mask", mask)
-    if mask.device != device:
+        raise TypeError(f"{op}: mask must be a tensor, got {type(mask).__name__}.")
+    if tuple(mask.shape) != rows:
         raise ValueError(
-            f"{op}: {name} is on {mask.device}, the tensors on {device}. Move it there."
+            f"{op}: mask must have shape {rows}, got {tuple(mask.shape)}. Pass the tokenizer's 2-D attention_mask "
+            "(1 = real token), not an additive one."
+        )
+    check_mask_dtype(f"{op}: mask", mask)
+    check_device(op, "mask", mask, device)
+
+
+def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Refuse a tensor beside the others' device."""
+    if tensor.device != device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, the tensors on {device}. Move it there."
         )
 
 
@@ -79,9 +76,12 @@ def check_mask_dtype(name: str, mask: Tensor) -> None:
 
 def check_bias(op: str, name: str, bias: Tensor | None, width: int, device: torch.device) -> None:
     """Refuse a bias that is not floating point, of shape (width,) and on the device."""
-    if bias is not None:
-        check_tensors(op, None, **{name: bias})
-        check_mask(op, name, bias, (width,), device)
+    if bias is None:
+        return
+    check_tensors(op, None, **{name: bias})
+    if tuple(bias.shape) != (width,):
+        raise ValueError(f"{op}: {name} must have shape {(width,)}, got {tuple(bias.shape)}.")
+    check_device(op, name, bias, device)
 
 
 def check_options(op: str, reduction: str, temperature: float = 1.0) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.checks import check_mask
+from bertkd.ops.checks import check_device, check_mask
 
 
 def as_mask(op: str, mask: Tensor | None, like: Tensor, rows: tuple[int, ...]) -> Tensor | None:
     """Check ``mask`` against the row shape and make it boolean."""
-    check_mask(op, "mask", mask, rows, like.device)
-    return None if mask is None else mask.bool()
+    if mask is None:
+        return None
+    check_mask(op, mask, rows, like.device)
+    return mask.bool()
 
 
 def weighted(rows: Tensor, weight: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def row_weights(
             raise ValueError(
                 f"{op}: row_weight must have shape {rows} or {rows[:1]}, got {tuple(row_weight.shape)}."
             )
-        check_mask(op, "row_weight", row_weight, tuple(row_weight.shape), device)
+        check_device(op, "row_weight", row_weight, device)
         extra = len(rows) - row_weight.dim()
         weight = weight * row_weight.detach().to(dtype).reshape(*row_weight.shape, *[1] * extra)
     return weight, count
