@@ -44,10 +44,8 @@ def attention_mse_rows(
     work = Workspace(dtype, q_s.device)
     for tile in tiles(q_s, mask):
         difference, *_ = _difference(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, tile, work)
-        rows = difference.square_().sum(-1)
-        out[tile.batch, tile.heads, tile.rows] = rows.view(
-            -1, tile.heads.stop - tile.heads.start, rows.shape[-1]
-        )
+        at_tile = tile.rows_in(out)
+        at_tile.copy_(difference.square_().sum(-1).view_as(at_tile))
     return out
 
 
@@ -130,12 +128,11 @@ def _tile_fwd_bwd(row_weight, q_s, k_s, q_t, k_t, mask, scale_s, scale_t):
     grad_q, grad_k = torch.zeros_like(q_s), torch.zeros_like(k_s, dtype=dtype)
     for tile in tiles(q_s, mask, row_weight):
         difference, q, k = _difference(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, tile, work)
-        weight = row_weight[tile.batch, tile.heads, tile.rows].to(dtype).flatten(0, 1)
+        weight = rows_of(row_weight, tile, dtype)
         squares = torch.mul(difference, difference, out=work.get("t", *difference.shape)).sum(-1)
         loss += torch.dot(squares.flatten(), weight.flatten())
         weight = weight.unsqueeze(-1) * (2 * scale_s)
-        at_rows = grad_q[tile.batch, tile.heads, tile.rows]
-        at_rows.copy_(torch.bmm(difference, k).mul_(weight).view(at_rows.shape))
-        at_keys = grad_k[tile.batch, tile.heads, : tile.keys]
-        at_keys.add_(torch.bmm(difference.transpose(1, 2), q * weight).view(at_keys.shape))
+        at_rows, at_keys = tile.rows_in(grad_q), tile.keys_in(grad_k)
+        at_rows.copy_(torch.bmm(difference, k).mul_(weight).view_as(at_rows))
+        at_keys.add_(torch.bmm(difference.transpose(1, 2), q * weight).view_as(at_keys))
     return loss, grad_q, grad_k.to(k_s.dtype)

@@ -46,12 +46,14 @@ class _Relations:
         """The tile's weighted KL, and its share of da (G, rows, D) and of db (G, keys, D)."""
         rows, difference, a, b = self.sweep(tile)
         # Weights go on the narrow (rows, D) factors, not on the (rows, keys) tile.
-        weight = row_weight[tile.batch, tile.heads, tile.rows].to(self.dtype).flatten(0, 1)
+        weight = rows_of(row_weight, tile, self.dtype)
         value = torch.dot(rows.flatten(), weight.flatten())
         weight = weight.unsqueeze(-1) * self.student[2]
-        at_rows = torch.bmm(difference, b).mul_(weight)
-        at_keys = torch.bmm(difference.transpose(1, 2), a * weight)
-        return value, at_rows, at_keys
+        return (
+            value,
+            torch.bmm(difference, b).mul_(weight),
+            torch.bmm(difference.transpose(1, 2), a * weight),
+        )
 
 
 def relation_kl_rows(
@@ -68,9 +70,8 @@ def relation_kl_rows(
     out = torch.zeros(a_s.shape[:-1], dtype=relations.dtype, device=a_s.device)
     for tile in tiles(a_s, mask):
         rows, *_ = relations.sweep(tile)
-        out[tile.batch, tile.heads, tile.rows] = rows.view(
-            -1, tile.heads.stop - tile.heads.start, rows.shape[-1]
-        )
+        at_tile = tile.rows_in(out)
+        at_tile.copy_(rows.view_as(at_tile))
     return out
 
 
@@ -91,10 +92,11 @@ def relation_kl_fwd_bwd(
     grad_a = torch.zeros_like(a_s)
     grad_b = torch.zeros_like(b_s, dtype=relations.dtype)
     for tile in tiles(a_s, mask, row_weight):
-        value, at_rows, at_keys = relations.gradients(tile, row_weight)
+        value, da, db = relations.gradients(tile, row_weight)
         loss += value
-        _rows_in(grad_a, tile).copy_(at_rows.view(_rows_in(grad_a, tile).shape))
-        _keys_in(grad_b, tile).add_(at_keys.view(_keys_in(grad_b, tile).shape))
+        at_rows, at_keys = tile.rows_in(grad_a), tile.keys_in(grad_b)
+        at_rows.copy_(da.view_as(at_rows))
+        at_keys.add_(db.view_as(at_keys))
     return loss, grad_a, grad_b.to(b_s.dtype)
 
 
@@ -118,16 +120,9 @@ def self_relation_kl_fwd_bwd(
     loss = torch.zeros((), dtype=relations.dtype, device=x_s.device)
     grad = torch.zeros_like(x_s, dtype=relations.dtype)
     for tile in tiles(x_s, mask, row_weight):
-        value, at_rows, at_keys = relations.gradients(tile, row_weight)
+        value, da, db = relations.gradients(tile, row_weight)
         loss += value
-        _rows_in(grad, tile).add_(at_rows.view(_rows_in(grad, tile).shape))
-        _keys_in(grad, tile).add_(at_keys.view(_keys_in(grad, tile).shape))
+        at_rows, at_keys = tile.rows_in(grad), tile.keys_in(grad)
+        at_rows.add_(da.view_as(at_rows))
+        at_keys.add_(db.view_as(at_keys))
     return loss, grad.to(x_s.dtype)
-
-
-def _rows_in(x: Tensor, tile: Tile) -> Tensor:
-    return x[tile.batch, tile.heads, tile.rows]
-
-
-def _keys_in(x: Tensor, tile: Tile) -> Tensor:
-    return x[tile.batch, tile.heads, : tile.keys]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,6 +26,14 @@ class Tile(NamedTuple):
     heads: slice
     rows: slice
     keys: int
+
+    def rows_in(self, x: Tensor) -> Tensor:
+        """The tile's query rows of (B, H, L, ...), a view."""
+        return x[self.batch, self.heads, self.rows]
+
+    def keys_in(self, x: Tensor) -> Tensor:
+        """The tile's keys of (B, H, L, ...), a view."""
+        return x[self.batch, self.heads, : self.keys]
 
 
 def _used(flags: Tensor) -> list[int]:
@@ -76,9 +85,7 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, *shape: int) -> Tensor:
-        size = 1
-        for n in shape:
-            size *= n
+        size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=self.dtype, device=self.device)
@@ -87,13 +94,13 @@ class Workspace:
 
 
 def rows_of(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """The tile's query rows of (B, H, L, D) as (G, rows, D) in the dtype of the sums."""
-    return x[tile.batch, tile.heads, tile.rows].to(dtype).flatten(0, 1)
+    """The tile's query rows of (B, H, L, ...) as (G, rows, ...) in the dtype of the sums."""
+    return tile.rows_in(x).to(dtype).flatten(0, 1)
 
 
 def keys_of(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
     """The tile's keys of (B, H, L, D) as (G, keys, D) in the dtype of the sums."""
-    return x[tile.batch, tile.heads, : tile.keys].to(dtype).flatten(0, 1)
+    return tile.keys_in(x).to(dtype).flatten(0, 1)
 
 
 def score_tile(a: Tensor, b: Tensor, scale: float, work: Workspace, name: str) -> Tensor:
