@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from bertkd.kernels.primitives import EXTENTS, sequence_extents
 from bertkd.ops.shared import found_once
 from bertkd.ops.triton import interpreting
+from bertkd.ops.triton.sizes import power_of_2
 
 LOG2E = math.log2(math.e)
 MAX_WIDTH = 128
@@ -30,16 +30,6 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-def cdiv(a: int, b: int) -> int:
-    """``a / b`` rounded up. Triton's own takes microseconds where it runs on the host too."""
-    return -(-a // b)
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is not less than ``n``; quick, as ``cdiv``."""
-    return 1 << (n - 1).bit_length()
-
-
 def padded(width: int) -> int:
     """Head width in a kernel: a power of two, at least the 16 that a matrix instruction needs."""
     return max(16, power_of_2(width))
@@ -48,23 +38,6 @@ def padded(width: int) -> int:
 def block_length(length: int) -> int:
     """Length of the tile that holds a whole short sequence."""
     return max(16, power_of_2(length))
-
-
-def resident_programs(work: int, num_warps: int, x: Tensor) -> int:
-    """Programs that share ``work`` pieces: as many as fit on the GPU at once with all the registers that they want.
-
-    Eight warps of 255 registers a thread fill a multiprocessor.
-    """
-    return (
-        min(work, max(1, 8 // num_warps) * _multiprocessors(x.device))
-        if x.is_cuda
-        else min(work, 2)
-    )
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class Shape(NamedTuple):

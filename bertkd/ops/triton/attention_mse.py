@@ -14,8 +14,9 @@ from bertkd.kernels.attention_mse import (
     attention_mse_pairs_kernel,
 )
 from bertkd.ops.tensors import guard, laid_out_like, unit_stride
-from bertkd.ops.triton.attention import Extents, cdiv, extents_of, mask_arguments, refusal, shape_of
+from bertkd.ops.triton.attention import Extents, extents_of, mask_arguments, refusal, shape_of
 from bertkd.ops.triton.config import lookup
+from bertkd.ops.triton.sizes import cdiv
 
 __all__ = ["attention_mse_fwd_bwd", "attention_mse_rows", "refusal"]
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bertkd.ops.triton.attention import resident_programs
+from bertkd.ops.triton.sizes import resident_programs
 
 DIRECTORY_VARIABLE = "BERTKD_TUNE_DIR"
 WIDTHS = (16, 32, 64, 128)

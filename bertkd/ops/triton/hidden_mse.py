@@ -11,7 +11,7 @@ from torch import Tensor
 from bertkd.kernels.hidden_cosine import hidden_cosine_kernel
 from bertkd.kernels.hidden_mse import hidden_mse_kernel
 from bertkd.ops.tensors import guard, laid_out_like, unit_stride
-from bertkd.ops.triton.attention import cdiv, power_of_2
+from bertkd.ops.triton.sizes import cdiv, power_of_2
 from bertkd.ops.triton.states import alignment, grouped
 
 # Elements of a tile: 16 a thread, two loads of 16 bytes for 16-bit states.

@@ -12,7 +12,7 @@ from torch import Tensor
 from bertkd.kernels.hidden_proj_mse import hidden_proj_mse_kernel
 from bertkd.ops.tensors import guard, laid_out_like, unit_stride
 from bertkd.ops.triton import interpreting
-from bertkd.ops.triton.attention import cdiv
+from bertkd.ops.triton.sizes import cdiv
 from bertkd.ops.triton.states import (
     alignment,
     one_layout,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bertkd.ops.tensors import laid_out_like, unit_stride
-from bertkd.ops.triton.attention import cdiv
+from bertkd.ops.triton.sizes import cdiv
 from bertkd.ops.triton.softmax_kl import row_kl
 from bertkd.ops.triton.states import add_product, aligned_size, operand_dtype, product
 

@@ -12,13 +12,13 @@ from bertkd.ops.triton.attention import (
     LOG2E,
     Extents,
     block_length,
-    cdiv,
     extents_of,
     mask_arguments,
     refusal,
     shape_of,
 )
 from bertkd.ops.triton.config import TINY, Config, lookup, short_config, short_programs
+from bertkd.ops.triton.sizes import cdiv
 
 __all__ = ["refusal", "relation_kl_fwd_bwd", "relation_kl_rows"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from bertkd.kernels.scale import scale_kernel
 from bertkd.ops.implementations import warn_once
 from bertkd.ops.tensors import DTYPES, guard
-from bertkd.ops.triton.attention import cdiv, resident_programs
+from bertkd.ops.triton.sizes import cdiv, resident_programs
 from bertkd.ops.triton.states import grouped
 
 BLOCK = 4096

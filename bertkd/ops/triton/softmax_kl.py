@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bertkd.kernels.softmax_kl import softmax_kl_block_kernel, softmax_kl_loop_kernel
 from bertkd.ops.tensors import guard, laid_out_like, unit_stride
-from bertkd.ops.triton.attention import cdiv, power_of_2
+from bertkd.ops.triton.sizes import cdiv, power_of_2
 from bertkd.ops.triton.states import alignment
 
 # Up to here a thread holds at most 32 logits of either side.
