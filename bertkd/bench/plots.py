@@ -97,17 +97,7 @@ def _roofline(rows: Sequence[Row], path: Path) -> Path | None:
         return None
     names = list(dict.fromkeys(case_name(r) for r in kept))
     figure, (axis,) = _panels(1, width=9.0, height=1.2 + 0.62 * len(names))
-    impls = _present(kept, "roofline")
-    thick = 0.8 / len(impls)
-    for place, impl in enumerate(impls):
-        found = {case_name(r): r for r in kept if r.impl == impl}
-        spots = [
-            i + (place - (len(impls) - 1) / 2) * thick for i, n in enumerate(names) if n in found
-        ]
-        shares = [100 * (found[n].p50 or 0) for n in names if n in found]
-        axis.barh(spots, shares, thick * 0.92, color=_style(impl)["color"], label=impl)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.invert_yaxis()
+    _bars(axis, kept, names, unit=0.01)
     axis.margins(y=0.01)
     axis.axvline(100, color="0.35", linestyle="--", linewidth=1)
     axis.set_xlabel("% of the roofline (100: as fast as the device's ceilings allow)")
@@ -122,23 +112,31 @@ def _throughput(rows: Sequence[Row], path: Path) -> Path | None:
         return None
     names = list(dict.fromkeys(case_name(r) for r in kept))
     figure, (axis,) = _panels(1, width=9.0, height=1.4 + 0.7 * len(names))
-    impls = _present(kept, "throughput")
-    thick = 0.8 / len(impls)
-    for place, impl in enumerate(impls):
-        found = {case_name(r): r for r in kept if r.impl == impl}
-        spots = [
-            i + (place - (len(impls) - 1) / 2) * thick for i, n in enumerate(names) if n in found
-        ]
-        values = [found[n].p50 or 0 for n in names if n in found]
-        bars = axis.barh(spots, values, thick * 0.92, color=_style(impl)["color"], label=impl)
+    for bars in _bars(axis, kept, names):
         axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_xlabel("real tokens per second")
     _legend(figure, axis)
     return _save(figure, path, f"Training steps\n{kept[0].device}")
+
+
+def _bars(axis: Axes, rows: Sequence[Row], names: Sequence[str], unit: float = 1.0) -> list[Any]:
+    """Medians of one metric in ``unit``, from the top a group of bars for each case, a bar for each contestant."""
+    drawn = []
+    impls = _present(rows, rows[0].metric)
+    thick = 0.8 / len(impls)
+    for place, impl in enumerate(impls):
+        found = {case_name(r): (r.p50 or 0) / unit for r in rows if r.impl == impl}
+        spots = [
+            i + (place - (len(impls) - 1) / 2) * thick for i, n in enumerate(names) if n in found
+        ]
+        values = [found[n] for n in names if n in found]
+        bars = axis.barh(spots, values, thick * 0.92, color=_style(impl)["color"], label=impl)
+        drawn.append(bars)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    return drawn
 
 
 def _present(rows: Sequence[Row], metric: str) -> list[str]:
