@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import statistics
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bertkd.bench.cases import Case
+from bertkd.bench.children import pack
 from bertkd.bench.contestants import MODES, OURS
 from bertkd.bench.environment import find_device
 from bertkd.bench.runner import all_cases
@@ -177,10 +176,9 @@ class Timer(NamedTuple):
         return found[base], found[new]
 
     def _one(self, tree: Path) -> float:
-        job = base64.b64encode(pickle.dumps(tuple(self))).decode()
         bench = str(Path(__file__).resolve().parent)
         done = subprocess.run(
-            [sys.executable, "-c", BOOTSTRAP, str(tree), bench, job],
+            [sys.executable, "-c", BOOTSTRAP, str(tree), bench, pack(*self)],
             capture_output=True,
             text=True,
             cwd=tree,

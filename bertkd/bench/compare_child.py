@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import pickle
 import statistics
 from pathlib import Path
 
 import torch
 
 import bertkd
+from bertkd.bench.children import unpack
 from bertkd.bench.contestants import loss_of, step, why_not
 from bertkd.bench.op_cases import Settings, make_inputs, times_of
 from bertkd.bench.selection import Selection
@@ -27,7 +26,7 @@ def work(tree: str, job: str) -> None:
     """
     if Path(tree).resolve() not in Path(bertkd.__file__).resolve().parents:
         raise RuntimeError(f"bertkd was imported from {bertkd.__file__}, not from {tree}")
-    case, impl, mode, rounds, device_name = pickle.loads(base64.b64decode(job))
+    case, impl, mode, rounds, device_name = unpack(job)
     device = torch.device(device_name)
     reason = why_not(impl, case, device, mode) if mode != "step" else None
     if reason is not None:

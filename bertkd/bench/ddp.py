@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bertkd.bench.cases import Case
+from bertkd.bench.children import child_environment, pack, unpack
 from bertkd.bench.op_cases import Settings
 from bertkd.bench.record import Row
 from bertkd.bench.step_cases import Trainer, step_case
@@ -60,23 +58,20 @@ def _launch(case: Case, impl: str, rounds: int) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    job = base64.b64encode(pickle.dumps((case, impl, rounds))).decode()
-    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH", "")]))
     common = {
         "WORLD_SIZE": str(case.processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": path,
     }
-    command = [sys.executable, "-m", "bertkd.bench.ddp", job]
+    command = [sys.executable, "-m", "bertkd.bench.ddp", pack(case, impl, rounds)]
     processes = [
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | common | {"RANK": str(rank)},
+            env=child_environment(**common, RANK=str(rank)),
         )
         for rank in range(case.processes)
     ]
@@ -104,7 +99,7 @@ class _Step(nn.Module):
 
 
 def _work(job: str) -> None:
-    case, impl, rounds = pickle.loads(base64.b64decode(job))
+    case, impl, rounds = unpack(job)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     trainer = Trainer(case, impl, torch.device("cpu"))

@@ -1,13 +1,11 @@
-"""Peak extra memory of one run: the allocator's on a GPU, the resident set of a fresh child process on a CPU."""
+"""Peak extra memory of one run on a CPU: the resident set of a fresh child process."""
 
 from __future__ import annotations
 
 import atexit
-import base64
 import ctypes
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,16 +14,7 @@ from pathlib import Path
 
 import torch
 
-
-def peak_on_cuda(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes allocated at once by ``run``, beyond what was allocated before."""
-    run()
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+from bertkd.bench.children import child_environment, pack, unpack
 
 
 def peak_in_child(prepare: Callable[..., Callable[[], object]], *args: object) -> int:
@@ -44,7 +33,7 @@ def peak_in_child(prepare: Callable[..., Callable[[], object]], *args: object) -
     """
     if not sys.platform.startswith("linux"):
         raise OSError("the peak of a process's memory is read from /proc, which only Linux has")
-    job = base64.b64encode(pickle.dumps((torch.get_num_threads(), prepare, args))).decode()
+    job = pack(torch.get_num_threads(), prepare, args)
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
@@ -60,14 +49,13 @@ def peak_in_child(prepare: Callable[..., Callable[[], object]], *args: object) -
 def _server() -> subprocess.Popen[str]:
     """A process that imports torch once and forks for every job, so that each starts with an untouched heap."""
     command = [sys.executable, "-m", "bertkd.bench.memory"]
-    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH", "")]))
     server = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"PYTHONPATH": path},
+        env=child_environment(),
     )
     atexit.register(server.kill)
     return server
@@ -91,7 +79,7 @@ def serve() -> None:
 
 def _measured(line: str) -> dict[str, object]:
     try:
-        threads, prepare, args = pickle.loads(base64.b64decode(line))
+        threads, prepare, args = unpack(line)
         torch.set_num_threads(threads)
         run = prepare(*args)
         # What the warm-up freed must go back, or the run would find it there for nothing.

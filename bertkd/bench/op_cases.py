@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from bertkd.bench import memory
 from bertkd.bench.cases import Case
 from bertkd.bench.contestants import MODES, OURS, applies, loss_of, small, step, why_not
+from bertkd.bench.memory import peak_in_child
 from bertkd.bench.ops import SPECS
 from bertkd.bench.record import Row
 from bertkd.bench.roofline import Ceilings, bound
@@ -31,6 +31,7 @@ from bertkd.bench.timing import (
     told,
 )
 from bertkd.bench.verify import Oracle
+from bertkd.study.memory import peak_extra_bytes
 
 BASELINE = "eager"
 
@@ -195,9 +196,9 @@ def _weigh(case, impl, inputs, run, common, device) -> Row:
     columns = {**common, "rounds": 1, "note": ""}
     try:
         if device.type == "cuda":
-            peak = memory.peak_on_cuda(partial(run, inputs), device)
+            peak = peak_extra_bytes(partial(run, inputs), device)
         else:
-            peak = memory.peak_in_child(prepared, case, impl)
+            peak = peak_in_child(prepared, case, impl)
     except (RuntimeError, OSError) as failure:
         return Row(**columns | told(failure), metric="memory", unit="MiB")
     mebibytes = spread([peak / 2**20])

@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from bertkd.bench import memory
 from bertkd.bench.cases import Case
 from bertkd.bench.contestants import OURS, wrong_device
+from bertkd.bench.memory import peak_in_child
 from bertkd.bench.op_cases import BASELINE, Settings
 from bertkd.bench.record import Row
 from bertkd.bench.step_cases import Trainer, prepared
@@ -25,6 +25,7 @@ from bertkd.bench.timing import (
 )
 from bertkd.ops.dispatch import unavailable
 from bertkd.ops.verify import relative_error
+from bertkd.study.memory import peak_extra_bytes
 
 CONTESTANTS = (BASELINE, *OURS)
 # Whole networks in bfloat16 differ by their own rounding, which depends on the attention kernel.
@@ -159,9 +160,9 @@ def _weigh(case, names, trainers, row, device) -> Iterator[Row]:
         measured = partial(row, impl=impl, metric="memory", unit="MiB")
         try:
             if device.type == "cuda":
-                peak = memory.peak_on_cuda(trainers[impl], device)
+                peak = peak_extra_bytes(trainers[impl], device)
             else:
-                peak = memory.peak_in_child(prepared, case, impl)
+                peak = peak_in_child(prepared, case, impl)
             yield measured(p50=peak / 2**20, rounds=1)
         except (RuntimeError, OSError) as failure:
             yield measured(**told(failure))
