@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from bertkd.cli.options import RunOptions, StageOptions, TaskOptions, overridden, task_of
 
 if TYPE_CHECKING:
-    from bertkd.distiller import Distiller
     from bertkd.study.workload import Workload
     from bertkd.training.recipe import Recipe, Stage
 
@@ -65,13 +64,12 @@ def prepare(config: Config) -> Callable[[], None]:
     Raises:
         ValueError, TypeError, FileNotFoundError: whatever cannot work, by the name of its option.
     """
-    from bertkd.study.card import UNTRAINED
+    from bertkd.compiling import compile_in_place
     from bertkd.study.files import check_output_dir
     from bertkd.study.jobs import Job, run_job
     from bertkd.study.models import head_of, load_config, load_model, load_tokenizer, saved_head
-    from bertkd.study.stages import stage_steps
     from bertkd.study.workload import check_labels
-    from bertkd.training.machine import this_process
+    from bertkd.training.pipeline import distiller_for
 
     _check_together(config)
     check_output_dir(config.output_dir, "distill", reuse=bool(config.resume))
@@ -93,24 +91,10 @@ def prepare(config: Config) -> Callable[[], None]:
         teacher = load_model(config.teacher, "teacher", head, config.teacher_precision)
         facts["teacher's weights"] = config.teacher_precision
     if config.torch_compile:
+        compile_in_place(teacher, student)
         facts["networks"] = "compiled with torch.compile"
-
-    def build(stage: Stage) -> Distiller:
-        from bertkd.distiller import Distiller
-
-        distiller = Distiller(
-            teacher,
-            student,
-            stage.objective,
-            layer_map=stage.layer_map,
-            impl=config.impl,
-            num_examples=len(workload.train),
-            seed=recipe.seed,
-        )
-        if config.torch_compile:
-            distiller.compile()
-        return distiller
-
+    rows = len(workload.train)
+    build = distiller_for(teacher, student, impl=config.impl, num_examples=rows, seed=recipe.seed)
     # Every stage is built once before any is trained, so that a mistake in the last one shows now.
     trains_head = [build(stage).uses_student_logits for stage in recipe.stages]
     start = _head_at_start(config, recipe, workload, own_head)
@@ -121,13 +105,7 @@ def prepare(config: Config) -> Callable[[], None]:
         ]
     )
     untrained = None if any(trains_head) else start
-    say = this_process().print
-    for number, stage in enumerate(stages, start=1):
-        updates = f"{stage_steps(stage, workload):,} updates of {stage.batch_size} examples"
-        say(f"\nstage {number} of {len(stages)}: {stage.name}, {updates} from {workload.name}")
-        say(build(stage).plan(stage.batch_size // stage.accumulate, recipe.max_length))
-    if untrained is not None:
-        say(f"\n{UNTRAINED[untrained]}")
+    _show_plan(stages, build, workload, recipe.max_length, untrained)
     job = Job(
         command="distill",
         source=config.teacher,
@@ -146,6 +124,26 @@ def prepare(config: Config) -> Callable[[], None]:
         log_with=config.trackers(),
     )
     return (lambda: None) if config.dry_run else lambda: run_job(job)
+
+
+def _show_plan(
+    stages: Sequence[Stage],
+    build: Callable[[Stage], Any],
+    workload: Workload,
+    max_length: int,
+    untrained: str | None,
+) -> None:
+    from bertkd.study.card import UNTRAINED
+    from bertkd.study.stages import stage_steps
+    from bertkd.training.machine import this_process
+
+    say = this_process().print
+    for number, stage in enumerate(stages, start=1):
+        updates = f"{stage_steps(stage, workload):,} updates of {stage.batch_size} examples"
+        say(f"\nstage {number} of {len(stages)}: {stage.name}, {updates} from {workload.name}")
+        say(build(stage).plan(stage.batch_size // stage.accumulate, max_length))
+    if untrained is not None:
+        say(f"\n{UNTRAINED[untrained]}")
 
 
 def _check_together(config: Config) -> None:

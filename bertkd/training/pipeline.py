@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from bertkd.distiller import Distiller
 from bertkd.training import checkpoint
 from bertkd.training.evaluate import check_judged
 from bertkd.training.loop import TrainResult, train
@@ -88,7 +89,6 @@ def distiller_for(teacher: Any, student: Any, **options: Any) -> Build:
         teacher, student: as ``Distiller`` takes them.
         options: the rest of what it takes, e.g. ``num_examples``, ``impl``, ``seed``.
     """
-    from bertkd.distiller import Distiller
 
     def build(stage: Stage) -> nn.Module:
         return Distiller(teacher, student, stage.objective, layer_map=stage.layer_map, **options)
