@@ -6,8 +6,9 @@ import os
 
 import pytest
 
+from bertkd._files import whole_file
 from bertkd.training import checkpoint
-from bertkd.training.atomic import clear_leftovers, whole_directory, whole_file
+from bertkd.training.atomic import clear_leftovers, whole_directory
 
 
 def replace_dying_at(count: int, end):
@@ -53,11 +54,14 @@ def test_a_file_that_cannot_be_written_leaves_no_trace(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    whole_file(tmp_path / "history.jsonl", "old")
+    path = tmp_path / "history.jsonl"
+    with whole_file(path) as temporary:
+        temporary.write_text("old")
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        whole_file(tmp_path / "history.jsonl", "new")
+    with pytest.raises(OSError, match="disk full"), whole_file(path) as temporary:
+        temporary.write_text("new")
     assert os.listdir(tmp_path) == ["history.jsonl"]
+    assert path.read_text() == "old"
     # What a kill at that moment leaves.
     (tmp_path / ".history.jsonl.99999999.tmp").write_text("half")
     checkpoint.tidy(tmp_path, resumed=0)

@@ -192,4 +192,4 @@ def _panels(count: int, width: float = 10.0, height: float = 4.2):
 
 def _save(figure: Any, path: Path, title: str) -> Path:
     figure.suptitle(title, fontsize=11)
-    return write_through(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    return write_through(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

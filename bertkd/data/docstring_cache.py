@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from bertkd._files import whole_file
 from bertkd.data.docstrings import Docstring, parse_folder, text_key
 from bertkd.errors import unknown_name
 
@@ -107,13 +107,10 @@ def _load(path: Path) -> list[Docstring] | None:
 
 def _store(path: Path, records: list[Docstring]) -> None:
     rows = [{"count": len(records)}, *(asdict(record) for record in records)]
-    # written beside the target and renamed: a reader sees the whole file or none
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
+        with whole_file(path) as temporary:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         logger.warning("docstrings are not cached (%s); pass a writable cache_dir", error)

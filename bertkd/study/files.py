@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from bertkd._files import whole_file
 
 MARKER = "bertkd_run.json"
 _TRIAL = ".bertkd-trial-"
@@ -86,15 +87,8 @@ def write_json(path: str | Path, value: Any) -> Path:
 def write_through(path: str | Path, write: Callable[[Path], Any]) -> Path:
     """Let ``write`` fill a temporary file beside ``path``, then move it into place."""
     path = Path(path)
-    # The suffix stays last because matplotlib chooses the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with whole_file(path) as temporary:
         write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -164,4 +164,4 @@ def _colours(count: int) -> list[str]:
 
 def _save(figure: Figure, path: str | Path, title: str) -> Path:
     figure.suptitle(title, fontsize=12)
-    return write_through(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    return write_through(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))

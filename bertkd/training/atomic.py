@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all, also when the power goes."""
+"""Directories that appear whole or not at all, also when the power goes, and what a kill leaves behind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from bertkd._files import sync
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>tmp|old)")
 
@@ -28,31 +30,18 @@ def whole_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for item in sorted(temporary.rglob("*")):
-            _sync(item)
-        _sync(temporary)
+            sync(item)
+        sync(temporary)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         if old.exists() and not path.exists():
             os.rename(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def whole_file(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, replacing what was there in one go."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -85,11 +74,3 @@ def _at_work(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from bertkd.training.atomic import whole_file
+from bertkd._files import whole_file
 
 
 class History:
@@ -30,7 +30,9 @@ class History:
         self.path = path
         self.rows = rows
         if accelerator.is_main_process:
-            whole_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+            with whole_file(path) as temporary:
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                temporary.write_text(text, encoding="utf-8")
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; a value that is not finite becomes null."""

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bertkd._files import whole_file
 from bertkd.ops.triton.sizes import resident_programs
 
 DIRECTORY_VARIABLE = "BERTKD_TUNE_DIR"
@@ -215,9 +216,8 @@ def write_tuned(device_name: str, configs: dict[str, Config]) -> Path:
     file = tuned_file(device_name)
     merged = {**read_tuned(device_name), **configs}
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
-    part.replace(file)
+    with whole_file(file) as temporary:
+        temporary.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
     return file
 
 
