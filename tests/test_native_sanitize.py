@@ -1,10 +1,12 @@
 """csrc/cpu under the address and undefined-behaviour sanitizers, without Python, over the shapes of the tests."""
 
+import fcntl
 import os
 import platform
 import re
 import shutil
 import subprocess
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,32 +33,51 @@ EMULATED = ["-D__AVX512F__", f"-I{ROOT / 'tests' / 'avx512_emulated'}"]
 HAS_AVX512 = "-D__builtin_cpu_supports(x)=((x)[3] == '5' || __builtin_cpu_supports(x))"
 
 
-def build(driver, folder, *defines, emulated=False):
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory):
+    """Where what several drivers are made of is compiled once."""
+    # Workers of pytest-xdist have neighbouring base folders.
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "sanitized"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def build(driver, objects, folder, lanes=4, emulated=False):
     """A driver of this folder, with every source under the sanitizers."""
     sources = [
         ROOT / "tests" / f"{driver}.cpp",
         *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
     ]
 
+    def flags_of(name):
+        if name == "kernels_portable":
+            return [f"-DBERTKD_PORTABLE_LANES={lanes}"]
+        if emulated and name == "kernels_avx512":
+            return EMULATED
+        if emulated and name == "dispatch":
+            return [HAS_AVX512]
+        is_x86 = platform.machine() in ("x86_64", "AMD64")
+        return next((f for tail, f in ISA_FLAGS.items() if is_x86 and name.endswith(tail)), [])
+
     def compile_one(source):
-        flags = next((f for tail, f in ISA_FLAGS.items() if source.stem.endswith(tail)), [])
-        if platform.machine() not in ("x86_64", "AMD64"):
-            flags = []
-        if emulated and source.stem.endswith("_avx512"):
-            flags = EMULATED
-        if emulated and source.stem == "dispatch":
-            flags = [HAS_AVX512]
-        output = folder / f"{source.stem}.o"
-        command = ["g++", *FLAGS, *SANITIZERS, *flags, *defines, f"-I{ROOT / 'csrc'}", "-c", source]
-        done = subprocess.run([*command, "-o", output], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        flags = [*FLAGS, *SANITIZERS, *flags_of(source.stem)]
+        output = objects / f"{source.stem}-{zlib.crc32(' '.join(flags).encode()):08x}.o"
+        with output.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not output.exists():
+                command = ["g++", *flags, f"-I{ROOT / 'csrc'}", "-c", source, "-o", output]
+                done = subprocess.run(command, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
         return output
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
+        compiled = list(pool.map(compile_one, sources))
     program = folder / driver
     done = subprocess.run(
-        ["g++", "-fopenmp", *SANITIZERS, *objects, "-o", program], capture_output=True, text=True
+        ["g++", "-fopenmp", *SANITIZERS, *compiled, "-o", program], capture_output=True, text=True
     )
     if done.returncode and "cannot find" in done.stderr:
         pytest.skip("this g++ has no sanitizer libraries")
@@ -75,25 +96,28 @@ def run(*command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lanes", [4, 16])
-def test_sanitizers_find_nothing(lanes, tmp_path):
-    # 16 lanes run the memory layout of AVX-512 on any machine.
-    program = build("native_sanitize", tmp_path, f"-DBERTKD_PORTABLE_LANES={lanes}")
-    assert "portable:" in run(program)
+def test_sanitizers_find_nothing(objects, tmp_path):
+    assert "portable:" in run(build("native_sanitize", objects, tmp_path))
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing_in_the_layout_of_avx512(objects, tmp_path):
+    # 16 lanes run it on any machine.
+    assert "portable:" in run(build("native_sanitize", objects, tmp_path, lanes=16), "portable")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="the file is empty on this processor"
 )
-def test_avx512_sources_are_right_where_no_processor_runs_them(tmp_path):
-    told = run(build("native_sanitize", tmp_path, emulated=True))
+def test_avx512_sources_are_right_where_no_processor_runs_them(objects, tmp_path):
+    told = run(build("native_sanitize", objects, tmp_path, emulated=True), "avx512")
     assert re.search(r"avx512: \d+ cases", told), told
 
 
 @pytest.mark.slow
-def test_any_arguments_are_refused_or_kept_to(tmp_path):
-    told = run(build("native_fuzz", tmp_path), "20000")
+def test_any_arguments_are_refused_or_kept_to(objects, tmp_path):
+    told = run(build("native_fuzz", objects, tmp_path), "20000")
     found = re.search(r"(\d+) refused, (\d+) ran, (\d+) too large", told)
     # Neither side may starve, or the target has stopped testing it.
     assert all(int(count) > 1000 for count in found.groups()[:2]), told
