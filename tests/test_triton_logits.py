@@ -34,7 +34,7 @@ def use(monkeypatch):
 @DTYPES
 @FORMS
 @pytest.mark.parametrize(
-    ("rows", "classes"), [(1, 1), (9, 3), (7, 64), (4, 512), (2, 1301), (1, 3000)]
+    ("rows", "classes"), [(1, 1), (3, 3), (7, 64), (4, 512), (2, 1301), (1, 3000)]
 )
 def test_equals_reference(rows, classes, form, dtype, use, poisoned):
     use(form)
