@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
 from torch import nn
+from torch.utils.data import default_collate
 
 import bertkd
 from bertkd.encoders import base_model, unwrap
 from bertkd.errors import UnsupportedEncoderError
+from bertkd.training import Supervised, predict
 
 
 class Adapted(nn.Module):
@@ -28,7 +30,8 @@ class Adapted(nn.Module):
         return self.base_model["model"]
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        return self.base_model["model"](input_ids, attention_mask, **kwargs)
+        labels = {} if labels is None else {"labels": labels}
+        return self.base_model["model"](input_ids, attention_mask, **labels, **kwargs)
 
 
 class Adapter(nn.Module):
@@ -62,6 +65,16 @@ def test_an_adapted_student_gets_every_column_and_trains(head):
     assert torch.equal(got, want)
     got.backward()
     assert student.base_model.encoder.layer[0].attention.self.query.lora.weight.grad is not None
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_an_adapted_model_is_fine_tuned_and_judged_on_every_column(prompts):
+    model = adapt(tiny_model("bert", head_cls="sequence"))
+    wrapped, batch = Adapted(model, prompts), tiny_batch(model, labels=True)
+    assert torch.equal(Supervised(wrapped)(batch).loss, Supervised(model)(batch).loss)
+    rows = [{name: column[i] for name, column in batch.items()} for i in range(2)]
+    found, wanted = (predict(each, rows, default_collate)[0] for each in (wrapped, model))
+    assert (found == wanted).all()
 
 
 def test_prompts_before_the_tokens_are_refused():

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bertkd.encoders import base_model, block_list, describe, not_loaded, unwrap
@@ -139,20 +138,27 @@ def _ends_in_a_state(student: nn.Module, needs: Needs) -> bool:
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The part of a batch that ``model.forward`` takes, without anything that holds labels.
+    """The tensors that ``model.forward`` takes of a batch, without anything that holds labels."""
+    return {
+        key: value
+        for key, value in accepted(unwrap(model), batch).items()
+        if key not in _LABELS and isinstance(value, Tensor)
+    }
+
+
+def accepted(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a batch that ``model.forward`` takes.
 
     ``token_type_ids`` are left out for models with a single type (RoBERTa), which cannot embed others.
     """
-    inner = unwrap(model)
+    # PEFT's wrapper names few of the arguments that it hands on.
+    inner = model.get_base_model() if hasattr(type(model), "get_base_model") else model
     names = _arguments_of(inner.forward)
-    one_type = getattr(inner.config, "type_vocab_size", 2) in (0, 1)
+    one_type = getattr(getattr(inner, "config", None), "type_vocab_size", 2) in (0, 1)
     return {
         key: value
         for key, value in batch.items()
-        if key in names
-        and key not in _LABELS
-        and isinstance(value, torch.Tensor)
-        and not (one_type and key == "token_type_ids")
+        if key in names and not (one_type and key == "token_type_ids")
     }
 
 

@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 
 from bertkd.errors import unknown_name, whole_number
+from bertkd.objectives.sides import accepted
 from bertkd.training.recipe import Stage
 from bertkd.training.rng import kept_rng
 from bertkd.training.snapshot import TrainState
 from bertkd.training.stream import Collate, example_lengths
-from bertkd.training.supervised import accepted
 from bertkd.training.tracking import finite
 
 EvalFn = Callable[[nn.Module], Mapping[str, float]]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
+
+from bertkd.objectives.sides import accepted
 
 
 @dataclass
@@ -23,18 +24,6 @@ class SupervisedOutput:
     loss: Tensor
     terms: dict[str, Tensor]
     logits: Tensor | None = None
-
-
-def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of ``batch`` that ``model``'s forward takes.
-
-    ``token_type_ids`` are left out where the model has one type only, as RoBERTa does.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    inputs = {name: value for name, value in batch.items() if name in parameters}
-    if getattr(getattr(model, "config", None), "type_vocab_size", 2) <= 1:
-        inputs.pop("token_type_ids", None)
-    return inputs
 
 
 class Supervised(nn.Module):
