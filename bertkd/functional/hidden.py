@@ -141,10 +141,11 @@ def hidden_combine_mse(
     weights, count = _rows(op, students, teachers, weight, mask, row_weight, count_pads)
     impl = requested(impl)
     if impl == "eager":
-        dtype = weights.dtype
-        joined = [_concatenate(states, dtype) for states in (teachers, students)]
-        target = reference.hidden_mse_rows(joined[0], joined[1], weight, bias)
-        return (target * weights).sum() / (count * shape[0])
+        target, source = (
+            torch.cat([x.to(weights.dtype) for x in states], -1) for states in (students, teachers)
+        )
+        loss = reference.hidden_mse_rows(source, target, weight, bias)
+        return (loss * weights).sum() / (count * shape[0])
     flat = [[x.reshape(-1, x.shape[-1]) for x in side] for side in (students, teachers)]
     args = (flat[0], in_float32(weight), in_float32(bias), flat[1])
     wrt = range(len(students) + 2)
@@ -226,7 +227,15 @@ def _states(op: str, h_s: States, h_t: States) -> tuple[list[Tensor], list[Tenso
     return students, [t.detach() for t in teachers]
 
 
-def _rows(op, students, teachers, weight, mask, row_weight, count_pads):
+def _rows(
+    op: str,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weight: Tensor | None,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    count_pads: bool,
+) -> tuple[Tensor, Tensor]:
     """Row weights and count of hidden-state losses."""
     rows = tuple(students[0].shape[:-1])
     for name, states in (("h_s", students), ("h_t", teachers)):
@@ -240,7 +249,3 @@ def _rows(op, students, teachers, weight, mask, row_weight, count_pads):
     dtype = reference.compute_dtype(*students, *teachers, weight)
     counted = None if count_pads else mask
     return row_weights(op, rows, counted, row_weight, dtype=dtype, device=students[0].device)
-
-
-def _concatenate(states: list[Tensor], dtype) -> Tensor:
-    return torch.cat([x.to(dtype) for x in states], -1)

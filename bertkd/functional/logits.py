@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from bertkd import reference
-from bertkd.ops.autograd import in_float32, row_loss, sum_loss
+from bertkd.ops.autograd import Arg, in_float32, row_loss, sum_loss
 from bertkd.ops.checks import check_bias, check_options, check_tensors
 from bertkd.ops.dispatch import requested
 from bertkd.ops.rows import as_mask, row_weights
@@ -51,11 +55,19 @@ def softmax_kl(
             "same labels (or vocabulary) in the same order."
         )
     classes = z_s.shape[-1]
-    args = (z_s.reshape(-1, classes), z_t.detach().reshape(-1, classes), temperature)
-    eager = (reference.softmax_kl_rows, z_s, z_t.detach(), temperature)
-    dtype = reference.compute_dtype(z_s, z_t)
+    z_t = z_t.detach()
     return _row_kl(
-        op, z_s, dtype, mask, row_weight, reduction, impl, args, (0,), eager, temperature, t_squared
+        op,
+        (z_s.reshape(-1, classes), z_t.reshape(-1, classes), temperature),
+        (0,),
+        partial(reference.softmax_kl_rows, z_s, z_t, temperature),
+        like=z_s,
+        dtype=reference.compute_dtype(z_s, z_t),
+        mask=mask,
+        row_weight=row_weight,
+        factor=temperature**2 if t_squared else 1.0,
+        reduction=reduction,
+        impl=impl,
     )
 
 
@@ -123,50 +135,54 @@ def linear_kl(
     h_t, w_t = h_t.detach(), w_t.detach()
     bias_t = None if bias_t is None else bias_t.detach()
     flat = [x.reshape(-1, x.shape[-1]) for x in (h_s, h_t)]
-    args = (flat[0], in_float32(w_s), in_float32(bias_s), flat[1], w_t, bias_t, temperature)
-    eager = (
-        reference.linear_kl_rows,
-        h_s,
-        w_s,
-        h_t,
-        w_t,
-        bias_s,
-        bias_t,
-        temperature,
-    )
-    dtype = reference.compute_dtype(h_s, w_s, h_t, w_t)
     return _row_kl(
         op,
-        h_s,
-        dtype,
-        mask,
-        row_weight,
-        reduction,
-        impl,
-        args,
+        (flat[0], in_float32(w_s), in_float32(bias_s), flat[1], w_t, bias_t, temperature),
         (0, 1, 2),
-        eager,
-        temperature,
-        t_squared,
+        partial(reference.linear_kl_rows, h_s, w_s, h_t, w_t, bias_s, bias_t, temperature),
+        like=h_s,
+        dtype=reference.compute_dtype(h_s, w_s, h_t, w_t),
+        mask=mask,
+        row_weight=row_weight,
+        factor=temperature**2 if t_squared else 1.0,
+        reduction=reduction,
+        impl=impl,
     )
 
 
 def _row_kl(
-    op, like, dtype, mask, row_weight, reduction, impl, args, wrt, eager, temperature, t_squared
+    op: str,
+    args: Sequence[Arg],
+    wrt: Sequence[int],
+    definition: Callable[[], Tensor],
+    *,
+    like: Tensor,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    factor: float,
+    reduction: str,
+    impl: str,
 ) -> Tensor:
-    """Masks, choice of implementation and reduction of both row KLs."""
+    """Masks, choice of implementation and reduction of both row KLs.
+
+    Args:
+        op, args, wrt: as for ``sum_loss``.
+        definition: gives the rows by the reference, in the shape of the user's.
+        like: (..., anything), for the rows' shape and device.
+        dtype: of the sums.
+        factor: on the loss.
+    """
     rows = tuple(like.shape[:-1])
     mask = as_mask(op, mask, like, rows)
     weights, count = row_weights(op, rows, mask, row_weight, dtype=dtype, device=like.device)
     impl = requested(impl)
     # One factor for both: T^2 goes the way of the mean.
-    factor = temperature**2 if t_squared else 1.0
     divisor = count / factor if reduction == "mean" else None
     if impl != "eager" and divisor is not None:
         return sum_loss(op, impl, weights.reshape(-1), args, wrt, divisor)
     if impl == "eager":
-        definition, *inputs = eager
-        loss = definition(*inputs) * weights
+        loss = definition() * weights
         loss = loss if reduction == "none" else loss.sum()
     elif reduction == "none":
         loss = row_loss(op, impl, weights.reshape(-1), args, wrt).view(rows)
