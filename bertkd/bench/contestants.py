@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ from bertkd.bench import peers
 from bertkd.bench.cases import Case
 from bertkd.bench.ops import SPECS
 from bertkd.bench.spec import OURS, Inputs, Loss
-from bertkd.ops.dispatch import unavailable
+from bertkd.ops.dispatch import implementation, unavailable
 
 # eager: PyTorch as the paper's code writes it. products: its matrix products alone, a bound and no loss.
 IMPLS = ("eager", "compile", "products", "flex", "sdpa", "textbrewer", "liger", "linearard", *OURS)
@@ -45,7 +44,7 @@ def _why_not_ours(impl: str, case: Case, device: torch.device) -> str | None:
     reason = unavailable(impl) or wrong_device(impl, device)
     if reason is not None:
         return reason
-    refusal = getattr(importlib.import_module(f"bertkd.ops.{impl}"), "refusal", None)
+    refusal = getattr(implementation(impl), "refusal", None)
     if refusal is None:
         return None
     # The smallest tensors of the case's widths; who refuses by length or batch is asked again when it runs.

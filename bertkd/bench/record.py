@@ -94,11 +94,6 @@ class Row:
         """The case it belongs to, whoever took part."""
         return tuple(str(getattr(self, n)) for n in GROUP_COLUMNS if n not in ("impl", "mode"))
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape columns."""
-        return tuple(getattr(self, name) for name in SHAPE_COLUMNS)
-
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _INTEGERS = {*SHAPE_COLUMNS, "rounds", "threads"}

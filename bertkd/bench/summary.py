@@ -9,19 +9,12 @@ from bertkd.bench.cases import LETTERS
 from bertkd.bench.record import SHAPE_COLUMNS, Row
 from bertkd.bench.targets import Outcome, outcomes
 
-CaseKey = tuple[Any, ...]
-
 MEANING = """\
 Times are milliseconds, medians with the 20th and 80th percentile over the rounds; `x eager` is the median of the
 rounds' own ratios, since contestants take turns. Memory is the peak beyond the inputs (a training step: beyond weights
 and optimiser state). Roofline is the share of the least time that the device's own ceilings, measured in the same run,
 allow for the bytes, flops and exponentials of the case. Every contestant was compared with float64 (a training step:
 with eager) before it was timed; `error` is the largest relative error found."""
-
-
-def case_of(row: Row) -> CaseKey:
-    """What all contestants of a case share."""
-    return (row.kind, row.op, row.shape, row.dtype, row.padding)
 
 
 def case_name(row: Row) -> str:
@@ -47,10 +40,10 @@ def short_table(rows: Sequence[Row]) -> str:
     found = [r for r in rows if r.metric == "speedup" and r.mode in ("fwd_bwd", "step")]
     if not found:
         return "no speed-up over eager with gradients was measured; what was stands in summary.md"
-    times = {(case_of(r), r.impl, r.mode): r.p50 for r in rows if r.metric == "time"}
+    times = {(r.case, r.impl, r.mode): r.p50 for r in rows if r.metric == "time"}
     lines = [("case", "impl", "ms", "x eager")]
     for row in found:
-        milliseconds = times.get((case_of(row), row.impl, row.mode))
+        milliseconds = times.get((row.case, row.impl, row.mode))
         lines.append((case_name(row), row.impl, number(milliseconds), number(row.p50)))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     return "\n".join(
@@ -133,11 +126,12 @@ def _of_kind(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ]
     # Said where it is not the same for all: a run replaces the cases that it gets to, and leaves the others.
     commits = {row.commit for row in rows if row.p50 is not None}
-    grouped: dict[tuple[CaseKey, str, str], dict[str, Row]] = {}
+    places = {case: place for place, case in enumerate(dict.fromkeys(row.case for row in rows))}
+    grouped: dict[tuple[int, str, str], dict[str, Row]] = {}
     for row in rows:
         if row.p50 is not None:
-            grouped.setdefault((case_of(row), row.mode, row.impl), {})[row.metric] = row
-    for (_, mode, impl), found in sorted(grouped.items(), key=lambda item: _order(item, rows)):
+            grouped.setdefault((places[row.case], row.mode, row.impl), {})[row.metric] = row
+    for (_, mode, impl), found in sorted(grouped.items(), key=lambda item: item[0][:2]):
         some = next(iter(found.values()))
 
         def median(metric: str, found: dict[str, Row] = found) -> str:
@@ -160,12 +154,6 @@ def _of_kind(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             )
         )
     return _without_empty_columns(table)
-
-
-def _order(item: Any, rows: Sequence[Row]) -> tuple[int, str]:
-    (case, mode, _), _found = item
-    cases = list(dict.fromkeys(case_of(row) for row in rows))
-    return cases.index(case), mode
 
 
 def _spread(row: Row | None) -> str:
