@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bertkd.data.sampler import LengthBucketSampler
 from bertkd.errors import whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Collator", "LengthBucketSampler"]
 
 
 class Collator:

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
-from bertkd.data.collate import LengthBucketSampler
+from bertkd.data.sampler import LengthBucketSampler
 from bertkd.errors import CheckpointError, whole_number
 from bertkd.training import checkpoint
 from bertkd.training.evaluate import EvalFn, check_judged, note, run_eval
