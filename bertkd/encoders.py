@@ -28,7 +28,6 @@ class EncoderSpec:
         head_dim: width of one head's query, key and value.
         hidden_size: width of the hidden states between blocks.
         vocab_size: rows of the token embedding.
-        shares_blocks: True where one set of weights serves several blocks (ALBERT).
         max_positions: the longest sequence the position embeddings allow; None where nothing
             limits it (rotary positions).
     """
@@ -39,7 +38,6 @@ class EncoderSpec:
     head_dim: int
     hidden_size: int
     vocab_size: int
-    shares_blocks: bool
     max_positions: int | None
 
 
@@ -93,7 +91,6 @@ def describe_config(config: PretrainedConfig) -> EncoderSpec:
         head_dim=head_dim,
         hidden_size=hidden,
         vocab_size=config.vocab_size,
-        shares_blocks=config.model_type == "albert",
         max_positions=None if layout.rotary else _max_positions(config),
     )
 
@@ -205,13 +202,6 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
             module = getattr(module, name)
         found.append(module)
     return found
-
-
-def embeddings(model: nn.Module) -> nn.Module:
-    """Return the embedding module of ``model`` (tokens, positions, token types, norm)."""
-    base: Any = base_model(model)
-    _layout(base.config)
-    return base.embeddings
 
 
 def last_norm(model: nn.Module) -> nn.Module | None:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from bertkd import _attention
 from bertkd.capture import Capture
-from bertkd.encoders import attention_modules, base_model, block_list, embeddings
+from bertkd.encoders import attention_modules, base_model, block_list
 from bertkd.errors import UnsupportedEncoderError
 from bertkd.student import create_student
 
@@ -276,7 +276,7 @@ def test_distributed_data_parallel_is_looked_through(process_group):
         assert torch.equal(recording.output.logits, want.output.logits)
         # The wrapper waits for the gradients of all that its output depends on.
         (recording.q[1].sum() + recording.output.logits.sum()).backward()
-        assert embeddings(model).word_embeddings.weight.grad is not None
+        assert base_model(model).embeddings.word_embeddings.weight.grad is not None
         model.zero_grad()
     assert snapshot(model) == before
 

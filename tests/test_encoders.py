@@ -14,7 +14,6 @@ from bertkd.encoders import (
     depth_field,
     describe,
     describe_config,
-    embeddings,
     last_norm,
     unwrap,
 )
@@ -38,18 +37,17 @@ def test_sizes_are_those_the_forward_shows(model_type):
     assert spec.vocab_size == model.get_input_embeddings().weight.shape[0]
     # MobileBERT attends in a bottleneck of half the width.
     assert spec.head_dim == (4 if model_type == "mobilebert" else 8)
-    assert spec.shares_blocks == (model_type == "albert")
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_blocks_run_in_the_order_listed(model_type):
     model = tiny_model(model_type, layers=3)
     ran = []
-    for module in {*block_list(model), *attention_modules(model), embeddings(model)}:
+    for module in {*block_list(model), *attention_modules(model), base_model(model).embeddings}:
         module.register_forward_pre_hook(lambda module, args: ran.append(module))
     model(**tiny_batch(model))
     pairs = zip(block_list(model), attention_modules(model), strict=True)
-    assert ran == [embeddings(model), *(module for pair in pairs for module in pair)]
+    assert ran == [base_model(model).embeddings, *(module for pair in pairs for module in pair)]
 
 
 @pytest.mark.parametrize(("layers", "groups"), [(4, 1), (4, 2), (4, 4), (5, 3), (18, 14)])

@@ -129,7 +129,7 @@ def test_default_relation_heads_are_the_sources(widths, heads):
     from bertkd.objectives.attention_base import default_relation_heads
     from bertkd.objectives.base import Side
 
-    sides = [Side("x", EncoderSpec("bert", 12, w // 32, 32, w, 99, False, 512)) for w in widths]
+    sides = [Side("x", EncoderSpec("bert", 12, w // 32, 32, w, 99, 512)) for w in widths]
     assert default_relation_heads(*sides) == heads
 
 

@@ -99,8 +99,6 @@ def plot_score_bars(
     scores: Mapping[str, Mapping[str, Sequence[float]]],
     path: str | Path,
     title: str,
-    *,
-    ylabel: str = "score (0 to 1)",
 ) -> Path:
     """Grouped bars: one group per score, one bar per model; mean ± standard deviation over seeds.
 
@@ -110,7 +108,6 @@ def plot_score_bars(
         scores: model -> {score name: values over seeds}; a model may lack a score.
         path: the PNG to write.
         title: heading of the figure.
-        ylabel: what the axis measures, with its unit.
     """
     if not scores:
         raise ValueError("scores is empty: there is nothing to plot.")
@@ -138,7 +135,7 @@ def plot_score_bars(
         )
         axis.bar_label(drawn, fmt="%.3f", padding=5, fontsize=9)
     axis.set_xticks(range(len(names)), names)
-    axis.set_ylabel(ylabel)
+    axis.set_ylabel("score (0 to 1)")
     axis.margins(y=0.12)
     axis.legend(frameon=False, ncols=len(scores), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _save(figure, path, title)

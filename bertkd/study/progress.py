@@ -46,7 +46,6 @@ class Progress:
         self._start = self._began = clock()
         self._shown = float("-inf")
         self._done = 0.0
-        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Tick]:
@@ -65,13 +64,6 @@ class Progress:
         self._show(name, 0.0, "", force=True)
         yield tick
         self._done += self.phases[name]
-        self.seconds[name] = self._clock() - self._began
-
-    def say(self, text: str) -> None:
-        """Print a line of its own that stays, above the progress line."""
-        if self._enabled:
-            self._clear()
-            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Take the progress line away."""
