@@ -14,11 +14,7 @@ from bertkd.capture import Capture
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Counter(CompileCounterWithBackend):

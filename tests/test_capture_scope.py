@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from tiny_models import MODEL_TYPES, tiny_batch, tiny_model
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -252,15 +252,6 @@ def test_stopping_early_leaves_gradients_intact():
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 def test_distributed_data_parallel_is_looked_through(process_group):
     model = tiny_model("bert", head_cls="sequence")
     batch = tiny_batch(model)
@@ -281,7 +272,6 @@ def test_distributed_data_parallel_is_looked_through(process_group):
     assert snapshot(model) == before
 
 
-@pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 def test_fully_sharded_models_are_captured_whole(process_group):
     model = tiny_model("bert", head_cls="sequence")
     batch = tiny_batch(model)

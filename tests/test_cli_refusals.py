@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from accelerate.state import AcceleratorState
 from cli_runs import FAST, distill, save_place
 from tiny_task import save_tiny_model
 
@@ -32,10 +31,8 @@ def place(tmp_path_factory):
     ],
 )
 def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
-    command, words, message, tmp_path, capsys, monkeypatch
+    command, words, message, tmp_path, capsys, on_cpu
 ):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
     if "comet_ml" in words and importlib.util.find_spec("comet_ml"):
         pytest.skip("it is installed")
     if "/proc/none" in words and not Path("/proc/self").exists():
@@ -46,7 +43,6 @@ def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
     assert main([command, *given, *words]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("command", ["demo", "study topic"])

@@ -24,12 +24,7 @@ from bertkd.cli.main import main
 from bertkd.compiling import compile_in_place, is_compiled
 from bertkd.distiller import Distiller
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def test_a_compiled_distiller_trains_as_before():

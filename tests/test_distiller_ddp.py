@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from test_distiller import BOTH, gradients, models
 from tiny_models import tiny_batch, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 from bertkd.distiller import Distiller
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_ddp_wraps_student_and_projections_and_gives_the_same_gradients(process_group):

@@ -133,20 +133,14 @@ def test_message(call, message):
         call()
 
 
-def test_dtensor_is_refused():
-    import torch.distributed as dist
+def test_dtensor_is_refused(process_group):
     from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = distribute_tensor(torch.randn(8, 8), mesh)
-        assert isinstance(sharded, DTensor)
-        with pytest.raises(TypeError, match=r"weight is a DTensor.*full_tensor"):
-            functional.hidden_mse(H, H, weight=sharded)
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    sharded = distribute_tensor(torch.randn(8, 8), mesh)
+    assert isinstance(sharded, DTensor)
+    with pytest.raises(TypeError, match=r"weight is a DTensor.*full_tensor"):
+        functional.hidden_mse(H, H, weight=sharded)
 
 
 def test_modules_own_what_they_need_and_keep_their_options():

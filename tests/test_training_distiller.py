@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
-from training_fakes import VOCAB, collate, examples, on_cpu, same_state
+from training_fakes import VOCAB, collate, examples, same_state
 
 from bertkd import Distiller, create_student
 from bertkd.errors import CheckpointError, NonFiniteError
@@ -22,7 +22,7 @@ from bertkd.training import (
     train,
 )
 
-pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 SETTINGS = {"collate": collate, "log_with": None, "progress": False}
 SHARED = {"steps": 6, "batch_size": 8, "lr": 1e-3, "log_every": 2, "eval_every": None}

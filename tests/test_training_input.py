@@ -7,14 +7,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_models import tiny_model
-from training_fakes import VOCAB, FakeDistiller, collate, examples, on_cpu, run
+from training_fakes import VOCAB, FakeDistiller, collate, examples, run
 
 from bertkd.errors import CheckpointError
 from bertkd.training import Recipe, Stage, make_accelerator, predict, run_recipe, train
 from bertkd.training.machine import check_machine
 from bertkd.training.run_record import identity
 
-pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_fakes import FakeDistiller, Output, collate, examples, on_cpu, run, same_state
+from training_fakes import FakeDistiller, Output, collate, examples, run, same_state
 
 from bertkd.data import LengthBucketSampler
 from bertkd.errors import CheckpointError, NonFiniteError
 from bertkd.training import checkpoint, make_accelerator
 from bertkd.training.meter import Meter
 
-pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def test_equals_a_hand_written_loop(tmp_path):

@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from training_fakes import FakeDistiller, on_cpu, run, same_state
+from training_fakes import FakeDistiller, run, same_state
 
 from bertkd.errors import NonFiniteError
 from bertkd.training import Stage, checkpoint, make_accelerator
 from bertkd.training.schedule import build_optimizer
 
-pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def test_bf16_runs_the_forward_under_autocast_and_keeps_fp32_weights(tmp_path):

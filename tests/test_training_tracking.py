@@ -7,11 +7,11 @@ import logging
 import sys
 
 import pytest
-from training_fakes import FakeDistiller, examples, on_cpu, run
+from training_fakes import FakeDistiller, examples, run
 
 from bertkd.errors import CheckpointError
 
-pytestmark = pytest.mark.usefixtures(on_cpu.__name__)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def test_a_torn_history_is_mended_on_resume(tmp_path):

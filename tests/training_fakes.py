@@ -6,24 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from bertkd.training import Stage, train
 
 VOCAB = 20
 CLASSES = 3
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """Train on the CPU also where there is a GPU, for results to compare with."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @dataclass
