@@ -67,7 +67,8 @@ def test_more_ways_to_run_than_pytorch_keeps_graphs_for():
 
 @torch._dynamo.config.patch(recompile_limit=8)
 def test_networks_that_their_user_compiled_may_have_as_many_graphs():
-    teacher, student = models()
+    # Few blocks, as every one is traced for every graph.
+    teacher, student = tiny_model("bert"), tiny_model("bert", layers=1, seed=1)
     distiller = Distiller(teacher, student, BOTH, attention="keep")
     padded = [tiny_batch(teacher, length=length) for length in (6, 8, 12)]
     full = [batch | {"attention_mask": torch.ones_like(batch["input_ids"])} for batch in padded]
@@ -114,7 +115,8 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_the_command_line_compiles_what_it_trains(tmp_path, counter):
-    model, task = save_tiny_model(tmp_path / "pretrained"), save_reviews(tmp_path / "reviews")
+    model = save_tiny_model(tmp_path / "pretrained", layers=2)
+    task = save_reviews(tmp_path / "reviews")
     config = Path(model, "config.json")
     dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config.write_text(json.dumps(json.loads(config.read_text()) | dropouts))
