@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -51,31 +52,31 @@ def _admitted(case, settings, row) -> Generator[Row, None, tuple[dict[str, Train
         if impl != BASELINE and not settings.selection.allows("impl", impl):
             continue
         release_memory()
-        found = {"status": "ok", "note": ""}
-        reason = None
-        if impl != BASELINE:
-            reason = unavailable(impl) or wrong_device(impl, settings.device)
-        if reason is not None:
-            found = {"status": "unavailable", "note": reason}
-        else:
-            try:
-                trainer = Trainer(case, impl, settings.device)
-                trainer()
-                errors[impl], wrong = yardstick.judge(trainer)
-                if wrong:
-                    found = {"status": "red", "note": wrong}
-                else:
-                    trainers[impl] = trainer
-            except Exception as failure:  # a contestant's failure is its own, the others go on
-                refused = str(failure).startswith(f"impl={impl!r} cannot run")
-                found = told(failure)
-                if refused:
-                    found = {"status": "unavailable", "note": first_line(failure)}
-        if found["status"] != "ok":
+        found = _admit(impl, case, yardstick, settings.device)
+        if isinstance(found, dict):
             yield row(impl=impl, metric="time", unit="ms", **found)
-        if found["status"] == "error":
-            check_device(settings.device)
+            if found["status"] == "error":
+                check_device(settings.device)
+        else:
+            trainers[impl], errors[impl] = found
     return trainers, errors
+
+
+def _admit(
+    impl: str, case: Case, yardstick: Yardstick, device: torch.device
+) -> tuple[Trainer, float] | dict[str, Any]:
+    """A contestant's trainer and its error, or why it cannot take part, as status and note of a row."""
+    if impl != BASELINE and (reason := unavailable(impl) or wrong_device(impl, device)):
+        return {"status": "unavailable", "note": reason}
+    try:
+        trainer = Trainer(case, impl, device)
+        trainer()
+        error, wrong = yardstick.judge(trainer)
+    except Exception as failure:  # a contestant's failure is its own, the others go on
+        if str(failure).startswith(f"impl={impl!r} cannot run"):
+            return {"status": "unavailable", "note": first_line(failure)}
+        return told(failure)
+    return (trainer, error) if wrong is None else {"status": "red", "note": wrong}
 
 
 class Yardstick:
