@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 DTYPES = ("float32", "float16", "bfloat16")
+RIGHT = "right"
 
 
 @dataclass(kw_only=True)
@@ -88,55 +89,66 @@ def _nothing_to_check(reasons: str) -> NoReturn:
 
 
 def _run(config: Config, ops, impls, dtypes, device) -> None:
-    import torch
-
     from bertkd.ops.implementations import implementation
-    from bertkd.ops.schema import value_form
     from bertkd.ops.tensors import float_tensors
-    from bertkd.ops.verify import TENSORS, Sizes, compare, random_case
+    from bertkd.ops.verify import TENSORS
     from bertkd.study.table import Table
 
     table = Table(["op", "impl", "dtype", "error", "allowed", "portable", "verdict"])
     wrong = checked = 0
     for op in ops or TENSORS:
-        for name in dtypes:
-            sizes = Sizes(
-                config.batch_size, config.heads, config.length, _widths(config, op), config.classes
-            )
-            try:
-                types = [getattr(torch, name)] * TENSORS[op]
-                case = random_case(op, types, sizes, device, config.seed)
-            except RuntimeError as error:
-                if "memory" not in str(error):
-                    raise
-                raise ValueError(
-                    f"the tensors of {op} do not fit into memory; lower --batch_size, --heads, --length, "
-                    "or the widths."
-                ) from error
+        for dtype in dtypes:
+            case = _case(config, op, dtype, device)
             for impl in impls:
                 refusal = implementation(impl).refusal(op, float_tensors(case[1:]))
                 if refusal is not None:
-                    table.add(op, impl, name, "", "", "", f"not run: {refusal}")
+                    table.add(op, impl, dtype, "", "", "", f"not run: {refusal}")
                     continue
+                errors, verdict = _judged(op, impl, case)
+                table.add(op, impl, dtype, *errors, verdict)
                 checked += 1
-                try:
-                    forms = [compare(op, impl, case, form) for form in ("fwd_bwd", value_form(op))]
-                    found = max(forms, key=lambda each: each.error / each.allowed)
-                except Exception as error:
-                    # A compiler's or a driver's: it is a finding, not an end.
-                    wrong += 1
-                    table.add(op, impl, name, "", "", "", f"WRONG: {type(error).__name__}: {error}")
-                    continue
-                wrong += not found.agrees
-                errors = [found.error, found.allowed, found.portable_error]
-                verdict = "right" if found.agrees else "WRONG"
-                table.add(op, impl, name, *(f"{x:.1e}" for x in errors), verdict)
+                wrong += verdict != RIGHT
     print(table.text())
     if wrong:
         raise ValueError(f"{wrong} of {checked} results are wrong; do not use that implementation.")
     if not checked:
         raise ValueError(f"nothing was checked on {device}: see the table for the reasons.")
     print(f"{checked} results checked on {device}, all right.")
+
+
+def _case(config: Config, op: str, dtype: str, device) -> list:
+    import torch
+
+    from bertkd.ops.verify import TENSORS, Sizes, random_case
+
+    sizes = Sizes(
+        config.batch_size, config.heads, config.length, _widths(config, op), config.classes
+    )
+    try:
+        dtypes = [getattr(torch, dtype)] * TENSORS[op]
+        return random_case(op, dtypes, sizes, device, config.seed)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise ValueError(
+            f"the tensors of {op} do not fit into memory; lower --batch_size, --heads, --length, "
+            "or the widths."
+        ) from error
+
+
+def _judged(op: str, impl: str, case: list) -> tuple[list[str], str]:
+    """Cells of the errors, and the verdict, of the worse of the op's two forms."""
+    from bertkd.ops.schema import value_form
+    from bertkd.ops.verify import compare
+
+    try:
+        forms = [compare(op, impl, case, form) for form in ("fwd_bwd", value_form(op))]
+    except Exception as error:
+        # A compiler's or a driver's: it is a finding, not an end.
+        return ["", "", ""], f"WRONG: {type(error).__name__}: {error}"
+    found = max(forms, key=lambda each: each.error / each.allowed)
+    errors = [f"{x:.1e}" for x in (found.error, found.allowed, found.portable_error)]
+    return errors, RIGHT if found.agrees else "WRONG"
 
 
 def _widths(config: Config, op: str) -> tuple[int, int]:
