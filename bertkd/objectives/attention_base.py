@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bertkd import functional
 from bertkd.objectives.base import MappedTerm, Needs, Setup, Shape, Side, StepContext
-from bertkd.objectives.options import flag, implementation, positive
+from bertkd.objectives.options import chosen_impl, flag, positive
 
 FLOAT = 4  # maps and row statistics are float32
 
@@ -39,7 +39,7 @@ class AttentionTerm(MappedTerm):
         self.sides = (setup.student, setup.teacher)
         self.relation_heads = check_heads(*self.sides, relation_heads, self.kind, self.RESPLITS)
         self.count_pads = flag("count_pads", count_pads)
-        self.impl = implementation(impl, setup.impl)
+        self.impl = chosen_impl(impl, setup.impl)
         self._warned = False
 
     def needs(self) -> Needs:

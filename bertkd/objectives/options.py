@@ -36,7 +36,7 @@ def _is_finite(value: Any) -> bool:
     return is_number and math.isfinite(value)
 
 
-def implementation(impl: str | None, default: str) -> str:
+def chosen_impl(impl: str | None, default: str) -> str:
     """The implementation a term uses: its own option, or the objective's.
 
     Raises:

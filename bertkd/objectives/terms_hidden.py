@@ -12,7 +12,7 @@ from bertkd import functional
 from bertkd.errors import unknown_name
 from bertkd.objectives.base import Memory, Needs, Setup, Shape, StepContext, register_term
 from bertkd.objectives.hidden_base import StateTerm
-from bertkd.objectives.options import flag, implementation
+from bertkd.objectives.options import chosen_impl, flag
 
 ON = ("student", "teacher")
 
@@ -62,7 +62,7 @@ class HidSeq(StateTerm):
         self.combine_on = combine_on
         self.depths = setup.depths
         self.count_pads = flag("count_pads", count_pads)
-        self.impl = implementation(impl, setup.impl)
+        self.impl = chosen_impl(impl, setup.impl)
         if self.combined:
             ours, theirs = ((n + 1) * w for n, w in zip(self.depths, self.widths, strict=True))
             sizes = (ours, theirs) if combine_on == "student" else (theirs, ours)
@@ -187,7 +187,7 @@ class HidCos(StateTerm):
         """
         super().__init__(setup, **states)
         self.count_pads = flag("count_pads", count_pads)
-        self.impl = implementation(impl, setup.impl)
+        self.impl = chosen_impl(impl, setup.impl)
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step."""

@@ -20,7 +20,7 @@ from bertkd.objectives.base import (
     Term,
     register_term,
 )
-from bertkd.objectives.options import flag, implementation, positive
+from bertkd.objectives.options import chosen_impl, flag, positive
 
 IGNORED = -100
 
@@ -95,7 +95,7 @@ class KD(Term):
         self.t_squared = flag("t_squared", t_squared)
         self.all_tokens = flag("all_tokens", all_tokens)
         self.regression = setup.teacher.problem == "regression"
-        self.impl = implementation(impl, setup.impl)
+        self.impl = chosen_impl(impl, setup.impl)
         self._student = setup.student
 
     def needs(self) -> Needs:
