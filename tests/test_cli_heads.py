@@ -8,7 +8,7 @@ import re
 import pytest
 from cli_runs import FAST, distill, save_place
 from huggingface_hub import ModelCard
-from tiny_task import review_rows, save_tiny_model
+from tiny_task import review_rows, save_csv, save_tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from bertkd.cli.main import main
@@ -81,6 +81,30 @@ def test_a_student_of_ones_own_and_its_head(place, tmp_path, head):
     assert bool(scores["student"]) == (head == "saved")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
     assert model.config.id2label == names
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_file_is_read_by_the_teachers_labels(tmp_path, numbers):
+    names = {0: "ugly", 1: "good", 2: "bad"}
+    teacher = save_tiny_model(
+        tmp_path / "teacher", head_cls="sequence", initializer_range=1.0, id2label=names
+    )
+    rows = review_rows(40, seed=0)  # of two of the three classes
+    if numbers:
+        order = {name: number for number, name in names.items()}
+        rows = [row | {"label": order[row["label"]]} for row in rows]
+    task = save_csv(tmp_path / "rows.csv", rows)
+    words = ["--task", task, "--validation_path", task, "--steps", "1"]
+    assert distill({"teacher": teacher}, tmp_path / "out", *words) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.id2label == names
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["teacher"]
+    path = tmp_path / "scores.json"
+    words = ["--model", teacher, "--task", task, "--split", "all", "--output", str(path)]
+    assert main(["evaluate", "--max_length", "16", *words]) == 0
+    found = json.loads(path.read_text())["scores"]["model"]["all"]
+    assert scores["validation"] == found
+    assert 0 < found["accuracy"] < 1
 
 
 def test_a_student_for_other_labels_is_refused_before_it_is_trained(place, tmp_path, capsys):

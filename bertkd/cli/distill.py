@@ -77,7 +77,7 @@ def prepare(config: Config) -> Callable[[], None]:
     config.check_machine(recipe.stages)
     teacher_config = load_config(config.teacher, "teacher")
     tokenizer = load_tokenizer(config.teacher, "teacher", teacher_config)
-    workload = _workload(config, recipe, tokenizer)
+    workload = _workload(config, recipe, tokenizer, teacher_config)
     head = _head(config, workload, head_of(teacher_config))
     teacher = load_model(config.teacher, "teacher", head)
     if workload.task is not None:
@@ -196,11 +196,15 @@ def _default_objective(config: Config) -> str:
     return "att_kl + hid_seq + kd" if has_head else "att_kl + hid_seq"
 
 
-def _workload(config: Config, recipe: Recipe, tokenizer: Any) -> Workload:
-    from bertkd.study.workload import load_text
+def _workload(config: Config, recipe: Recipe, tokenizer: Any, teacher_config: Any) -> Workload:
+    from bertkd.study.models import saved_labels
+    from bertkd.study.workload import is_local, load_text
 
     if config.text is None:
-        return config.workload(task_of(config, recipe), tokenizer, recipe.max_length)
+        task = task_of(config, recipe)
+        # A file says what its labels are called, not in which order the teacher has them.
+        labels = saved_labels(teacher_config) if is_local(task) else {}
+        return config.workload(task, tokenizer, recipe.max_length, **labels)
     return load_text(config.text, tokenizer, recipe.max_length, masked=config.masked)
 
 

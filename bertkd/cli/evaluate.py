@@ -52,13 +52,12 @@ def prepare(config: Config) -> Callable[[], None]:
     Raises:
         ValueError, FileNotFoundError: whatever cannot work, by the name of its option.
     """
-    from bertkd.data import is_built_in
     from bertkd.study.models import head_of, load_config, load_model, load_tokenizer, saved_labels
-    from bertkd.study.workload import RETRIEVAL, check_labels
+    from bertkd.study.workload import check_labels, is_local
 
     if config.task is None:
         raise ValueError("no data: give --task (a task's name or a file).")
-    local = not is_built_in(config.task) and config.task != RETRIEVAL
+    local = is_local(config.task)
     if config.split == ALL:
         _check_all(config, local)
     if config.output is not None:

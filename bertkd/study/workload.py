@@ -13,6 +13,7 @@ from bertkd.data import (
     Collator,
     MaskingCollator,
     TaskData,
+    is_built_in,
     load_blocks,
     load_retrieval,
     load_task,
@@ -94,6 +95,11 @@ class Workload:
         for judge in self.judges.values():
             if isinstance(judge, RetrievalJudge):
                 judge.teacher = judge.similarities(teacher)
+
+
+def is_local(task: str) -> bool:
+    """Whether a task is the user's own file or folder, whose labels may be read as a model names them."""
+    return not is_built_in(task) and task != RETRIEVAL
 
 
 def load_workload(task: str, tokenizer: Any, max_length: int, **columns: Any) -> Workload:
