@@ -18,6 +18,7 @@ from bertkd.data.sampler import LengthBucketSampler
 from bertkd.errors import CheckpointError, whole_number
 from bertkd.training import checkpoint
 from bertkd.training.evaluate import EvalFn, check_judged, note, run_eval
+from bertkd.training.in_use import kept_from_others
 from bertkd.training.machine import (
     LossOnly,
     check_accelerator,
@@ -102,7 +103,8 @@ def train(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no data, a folder that holds another run, settings that cannot work.
+        ValueError: no data, a folder that holds another run or in which one is at work, settings that cannot
+            work.
         CheckpointError: a damaged checkpoint, or one of another run.
         NonFiniteError: loss, term or gradient not finite; naming step and terms. Found at once on a
             CPU, elsewhere at the next row of the history, and always before a checkpoint.
@@ -139,114 +141,114 @@ def train(
     meter = Meter(accelerator, min(stage.log_every, due.total))
 
     run = describe_run(module, stage, seed, train_data, lengths, accelerator, settings)
-    state = TrainState()
     found = checkpoint.find(output_dir, resume)
-    if found is not None:
-        contents = checkpoint.read(found)
-        refuse_other_run(found, contents.documents["run"], run)
-        state = restore(contents, module, adamw, schedule, accelerator.scaler)
-        meter.load(state.window, keep=state.step % stage.log_every)
-        set_rng_state(contents.documents["rng"]["processes"][accelerator.process_index])
-        del contents
-    steps = gather_object([state.step])
-    if len(set(steps)) > 1:
-        raise CheckpointError(
-            f"{output_dir}: the processes found checkpoints of different steps ({steps}); it must be a "
-            "folder that all of them see"
+    with kept_from_others(output_dir, accelerator):
+        state = TrainState()
+        if found is not None:
+            contents = checkpoint.read(found)
+            refuse_other_run(found, contents.documents["run"], run)
+            state = restore(contents, module, adamw, schedule, accelerator.scaler)
+            meter.load(state.window, keep=state.step % stage.log_every)
+            set_rng_state(contents.documents["rng"]["processes"][accelerator.process_index])
+            del contents
+        steps = gather_object([state.step])
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"{output_dir}: the processes found checkpoints of different steps ({steps}); it must be a "
+                "folder that all of them see"
+            )
+        if main:
+            checkpoint.tidy(output_dir, state.step)
+        history = History(accelerator, output_dir / "history.jsonl", state.history)
+
+        batches = stream(
+            train_data,
+            collate,
+            plan,
+            start=state.step,
+            stop=due.total,
+            seed=seed,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
         )
-    if main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.tidy(output_dir, state.step)
-    history = History(accelerator, output_dir / "history.jsonl", state.history)
+        bar = tqdm(
+            total=due.total, initial=state.step, desc=stage.name, disable=not (progress and main)
+        )
+        clock = Stopwatch(state.seconds)
+        with closing(bar), trackers(accelerator, run, resumed=state.step):
+            while True:
+                # First of all, and after the checkpoint: a run killed in the evaluation resumes here.
+                if eval_fn is not None and evaluates and due.evaluates(state.step):
+                    with clock.aside():
+                        metrics = run_eval(accelerator, module, eval_fn)
+                    note(state, metrics, stage, teacher_score)
+                    named = {f"eval_{name}": value for name, value in metrics.items()}
+                    history.add({"step": state.step, "epoch": state.step / due.epoch, **named})
+                if state.stopped or state.step == due.total:
+                    break
 
-    batches = stream(
-        train_data,
-        collate,
-        plan,
-        start=state.step,
-        stop=due.total,
-        seed=seed,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    bar = tqdm(
-        total=due.total, initial=state.step, desc=stage.name, disable=not (progress and main)
-    )
-    clock = Stopwatch(state.seconds)
-    with closing(bar), trackers(accelerator, run, resumed=state.step):
-        while True:
-            # First of all, and after the checkpoint: a run killed in the evaluation resumes here.
-            if eval_fn is not None and evaluates and due.evaluates(state.step):
-                with clock.aside():
-                    metrics = run_eval(accelerator, module, eval_fn)
-                note(state, metrics, stage, teacher_score)
-                named = {f"eval_{name}": value for name, value in metrics.items()}
-                history.add({"step": state.step, "epoch": state.step / due.epoch, **named})
-            if state.stopped or state.step == due.total:
-                break
+                step = state.step + 1
+                for micro in range(stage.accumulate):
+                    batch, weight, examples = next(batches)
+                    batch = send_to_device(batch, device, non_blocking=True)
+                    # Processes exchange gradients once per update, in its last micro-batch.
+                    last = micro + 1 == stage.accumulate
+                    with at_step(step), nullcontext() if last else accelerator.no_sync(model):
+                        loss, values = model(batch)
+                        accelerator.backward(loss * weight)
+                    meter.add(values, weight)
+                accelerator.unscale_gradients(optimizer)
+                meter.end_update(nn.utils.clip_grad_norm_(trained, stage.max_grad_norm or math.inf))
 
-            step = state.step + 1
-            for micro in range(stage.accumulate):
-                batch, weight, examples = next(batches)
-                batch = send_to_device(batch, device, non_blocking=True)
-                # Processes exchange gradients once per update, in its last micro-batch.
-                last = micro + 1 == stage.accumulate
-                with at_step(step), nullcontext() if last else accelerator.no_sync(model):
-                    loss, values = model(batch)
-                    accelerator.backward(loss * weight)
-                meter.add(values, weight)
-            accelerator.unscale_gradients(optimizer)
-            meter.end_update(nn.utils.clip_grad_norm_(trained, stage.max_grad_norm or math.inf))
+                logs = due.logs(step)
+                saves = due.saves(step) or (evaluates and due.evaluates(step))
+                if logs or saves or device.type == "cpu":
+                    # Before the step, so that no checkpoint and, on a CPU, no weight gets to see it.
+                    check_finite(meter, step, module, values, batch, accelerator.scaler)
+                lr = schedule.get_last_lr()[0]
+                optimizer.step()
+                optimizer.zero_grad()
+                advance(schedule, optimizer.step_was_skipped)
+                state.step = step
+                state.skipped += optimizer.step_was_skipped
+                clock.count(examples)
+                bar.update()
 
-            logs = due.logs(step)
-            saves = due.saves(step) or (evaluates and due.evaluates(step))
-            if logs or saves or device.type == "cpu":
-                # Before the step, so that no checkpoint and, on a CPU, no weight gets to see it.
-                check_finite(meter, step, module, values, batch, accelerator.scaler)
-            lr = schedule.get_last_lr()[0]
-            optimizer.step()
-            optimizer.zero_grad()
-            advance(schedule, optimizer.step_was_skipped)
-            state.step = step
-            state.skipped += optimizer.step_was_skipped
-            clock.count(examples)
-            bar.update()
+                if logs:
+                    row = meter.read()
+                    meter.clear()
+                    times = {"examples_per_second": clock.rate(), "seconds": clock.seconds()}
+                    history.add({"step": step, "epoch": step / due.epoch, "lr": lr, **row, **times})
+                    bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
+                if saves:
+                    state.seconds = clock.seconds()
+                    state.window = meter.state()
+                    with clock.aside():
+                        rng = gather_object([rng_state()])
+                        if main:
+                            contents = take(
+                                module, adamw, schedule, accelerator.scaler, state, rng, run
+                            )
+                            checkpoint.save(output_dir, step, contents)
+                            checkpoint.prune(output_dir, stage.keep_last, state.best_step)
+                        accelerator.wait_for_everyone()
 
-            if logs:
-                row = meter.read()
-                meter.clear()
-                times = {"examples_per_second": clock.rate(), "seconds": clock.seconds()}
-                history.add({"step": step, "epoch": step / due.epoch, "lr": lr, **row, **times})
-                bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
-            if saves:
-                state.seconds = clock.seconds()
-                state.window = meter.state()
-                with clock.aside():
-                    rng = gather_object([rng_state()])
-                    if main:
-                        contents = take(
-                            module, adamw, schedule, accelerator.scaler, state, rng, run
-                        )
-                        checkpoint.save(output_dir, step, contents)
-                        checkpoint.prune(output_dir, stage.keep_last, state.best_step)
-                    accelerator.wait_for_everyone()
-
-    last_checkpoint = output_dir / f"checkpoint-{state.step}"
-    best_checkpoint = None
-    if state.best_step is not None:
-        best_checkpoint = output_dir / f"checkpoint-{state.best_step}"
-        if stage.restore == "best" and state.best_step != state.step:
-            restore_model(checkpoint.read(best_checkpoint), module)
-    module.eval()
-    return TrainResult(
-        steps=state.step,
-        history=history.rows,
-        metrics=state.metrics,
-        best_metric=state.best_metric,
-        best_step=state.best_step,
-        last_checkpoint=last_checkpoint,
-        best_checkpoint=best_checkpoint,
-        stopped_early=state.stopped,
-        skipped_steps=state.skipped,
-        seconds=state.seconds,
-    )
+        last_checkpoint = output_dir / f"checkpoint-{state.step}"
+        best_checkpoint = None
+        if state.best_step is not None:
+            best_checkpoint = output_dir / f"checkpoint-{state.best_step}"
+            if stage.restore == "best" and state.best_step != state.step:
+                restore_model(checkpoint.read(best_checkpoint), module)
+        module.eval()
+        return TrainResult(
+            steps=state.step,
+            history=history.rows,
+            metrics=state.metrics,
+            best_metric=state.best_metric,
+            best_step=state.best_step,
+            last_checkpoint=last_checkpoint,
+            best_checkpoint=best_checkpoint,
+            stopped_early=state.stopped,
+            skipped_steps=state.skipped,
+            seconds=state.seconds,
+        )
