@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bertkd.cli.main import main
 from bertkd.distiller import Distiller
+from bertkd.study import jobs
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +226,24 @@ def test_foreign_folders_are_left_alone(place, tmp_path, capsys):
     assert distill(place, tmp_path, "--task", place["task"]) == 2
     assert "not made by bertkd" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_whose_results_found_no_room_is_completed_by_resuming(
+    place, tmp_path, capsys, monkeypatch
+):
+    def fail(*words):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    words = ["--task", place["task"], "--objective", "kd", "--steps", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "write_json", fail)
+        assert distill(place, out, *words) == 1
+    text = capsys.readouterr().err
+    assert f"{out} is not complete ([Errno 28] No space left on device). The training has" in text
+    assert not (out / "model").exists()
+    assert distill(place, out, *words, "--resume") == 0
+    assert (out / "model").exists()
 
 
 def test_damaged_checkpoint_is_named_and_code_1(place, tmp_path, capsys):

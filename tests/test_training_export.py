@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_models import tiny_batch, tiny_model
 
 from bertkd.training import export
@@ -59,6 +60,20 @@ def test_only_our_own_or_an_empty_folder_is_replaced(tmp_path):
     assert (foreign / "README.md").read_bytes() == b"\xff my thesis"
     with pytest.raises(FileExistsError, match=r"config\.json exists"):
         export(model, None, path / "config.json")
+
+
+def test_a_full_disk_leaves_the_old_one_and_is_said(tmp_path, monkeypatch):
+    model = tiny_model("bert", hidden=16, heads=2)
+    path = export(model, None, tmp_path / "student", "# Old")
+
+    def fail(*words, **options):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(OSError, match=r"student could not be written \(No space left"):
+        export(model, None, path, "# New")
+    assert "# Old" in (path / "README.md").read_text()
+    assert os.listdir(tmp_path) == ["student"]
 
 
 def test_a_failing_export_leaves_the_old_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,7 @@ def run_job(job: Job) -> Path:
     Raises:
         ValueError: the output folder cannot be used.
         CheckpointError, NonFiniteError: as ``train``.
+        OSError: what comes of the training could not be written.
     """
     state = this_process()
     workload, scores = job.workload, {}
@@ -104,7 +106,14 @@ def run_job(job: Job) -> Path:
     scores[role] = {} if job.untrained_head == "new" else judge_all(job.student, workload)
     path = job.output_dir / "model"
     if state.is_main_process:
-        _write(job, results, scores, path)
+        try:
+            _write(job, results, scores, path)
+        except OSError as error:
+            raise OSError(
+                error.errno or errno.EIO,
+                f"{job.output_dir} is not complete ({error}). The training has ended and is kept in "
+                "its checkpoints: remedy that, and --resume writes what is missing",
+            ) from error
     state.wait_for_everyone()
     return path
 

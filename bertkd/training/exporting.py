@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from bertkd.training.atomic import clear_leftovers, whole_directory
 
@@ -29,6 +32,7 @@ def export(student: Any, tokenizer: Any | None, path: str | Path, card_text: str
 
     Raises:
         FileExistsError: ``path`` is a file, or a folder with something else in it.
+        OSError: it could not be written; what an earlier export made is untouched.
     """
     path = Path(path)
     clear_leftovers(path.parent, f"{path.name}.")
@@ -36,15 +40,18 @@ def export(student: Any, tokenizer: Any | None, path: str | Path, card_text: str
         raise FileExistsError(
             f"{path} exists and was not made by an export of bertkd; choose another path or remove it"
         )
-    with whole_directory(path) as temporary:
-        student.save_pretrained(temporary)
-        for weights in temporary.glob("*.safetensors"):
-            # safetensors lets nobody but the owner read what it writes.
-            shutil.copymode(temporary / "config.json", weights)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        card = card_text.rstrip() or f"# {path.name}"
-        (temporary / "README.md").write_text(f"{card}\n\n{MARK}\n", encoding="utf-8")
+    try:
+        with whole_directory(path) as temporary:
+            student.save_pretrained(temporary)
+            for weights in temporary.glob("*.safetensors"):
+                # safetensors lets nobody but the owner read what it writes.
+                shutil.copymode(temporary / "config.json", weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            card = card_text.rstrip() or f"# {path.name}"
+            (temporary / "README.md").write_text(f"{card}\n\n{MARK}\n", encoding="utf-8")
+    except SafetensorError as error:  # of a full disk too
+        raise OSError(errno.EIO, f"{path} could not be written ({error})") from error
     return path
 
 
