@@ -2,7 +2,8 @@
 
 PyTorch's scaled dot product attention has no dropout in its kernel for CPUs: a student that trains with the usual
 0.1 makes its (B, H, L, L) maps after all. ``bertkd.ops.self_attention`` makes none, and is the faster one without
-dropout too. What it cannot do (causal or windowed attention, other devices) is handed on to SDPA, call by call.
+dropout too. What it cannot do (causal or windowed attention, other devices, export to TorchScript and ONNX)
+is handed on to SDPA, call by call.
 """
 
 from __future__ import annotations
@@ -159,6 +160,9 @@ def attend(
 def _suits(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether the kernel can do it, and is the better choice."""
     if query.device.type != "cpu" or query.dtype not in DTYPES:
+        return False
+    # TorchScript and ONNX know operators of PyTorch only.
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return False
     if not query.shape == key.shape == value.shape or not query.dtype == key.dtype == value.dtype:
         return False

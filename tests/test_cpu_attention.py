@@ -107,6 +107,27 @@ def test_a_compiled_model_computes_the_same(calls):
     assert calls
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_is_exported_for_other_runtimes_holds_operators_of_pytorch_only(
+    tmp_path, calls, monkeypatch
+):
+    model = tiny_model("bert", return_dict=False)
+    names = ("input_ids", "attention_mask")
+    one, other = (tiny_batch(model, length=length) for length in (12, 9))
+    wanted = [model(**{name: batch[name] for name in names})[0] for batch in (one, other)]
+    use_cpu_attention(model)
+    ids = tuple(one[name] for name in names)
+    traced = torch.jit.trace(model, ids, strict=False, check_trace=False)
+    traced.save(tmp_path / "traced.pt")  # refuses what TorchScript does not know
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    model(**one)
+    assert not calls
+    monkeypatch.undo()
+    loaded = torch.jit.load(tmp_path / "traced.pt")
+    for batch, want in zip((one, other), wanted, strict=True):
+        torch.testing.assert_close(loaded(*[batch[name] for name in names])[0], want)
+
+
 def heads(length=6, keys=None, dtype=torch.float32, count=2):
     return [torch.randn(2, count, n, 8, dtype=dtype) for n in (length, keys or length)][:2]
 
