@@ -63,6 +63,7 @@ def test_without_pyarrow_parquet_says_what_to_install(tmp_path, monkeypatch):
         ("a.csv", "", "is empty: it has no rows"),
         ("a.jsonl", "\n", "is empty: it has no rows"),
         ("a.csv", "text,label\na,1\nb\n", r"row 2: 1 fields, but the header has 2 \(text, label\)"),
+        ("a.csv", "text;label\na;1\n", r"one column, .text;label.\. A file ending in .csv"),
         ("a.csv", "text,text\na,1\n", "names a column twice"),
         ("a.csv", 'text,label\n"a"b,1\n', "line 2"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),

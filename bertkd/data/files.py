@@ -35,7 +35,7 @@ def read_table(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: unknown format, no rows, a row with missing or surplus fields, broken JSON, or
+        ValueError: unknown format, no rows, another separator, a row with missing or surplus fields, broken JSON, or
             bytes that are not UTF-8; names the file and the row.
     """
     path = Path(path)
@@ -117,6 +117,11 @@ def _read_delimited(
     finally:
         csv.field_size_limit(limit)
     names = list(header) if header else (rows.pop(0) if rows else [])
+    if len(names) == 1 and any(separator in names[0] for separator in ",;|\t"):
+        raise ValueError(
+            f"{path}: the header is one column, {names[0]!r}. A file ending in .csv is separated by commas and "
+            "one in .tsv by tabs: write it so, or rename it"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: the header names a column twice: {names}")
     if skip_ragged:
