@@ -141,6 +141,17 @@ def test_such_a_word_is_a_class_beside_names_which_is_said():
     assert space.encode(table(["None"]), "label").tolist() == [0]
 
 
+@pytest.mark.parametrize("values", [[f"{i},25" for i in range(20)], list(range(0, 60, 3))])
+def test_a_column_that_is_hardly_one_of_classes_is_said(values):
+    with pytest.warns(UserWarning, match=r"20 classes in 20 rows, such as .* \(label_column\)"):
+        read(values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(values[:19])
+        read(values * 2)
+        read(list(range(20)), num_labels=20)
+
+
 @pytest.mark.parametrize("number", [1, "1", 0.0])
 def test_true_and_1_are_not_two_classes(number):
     with pytest.raises(ValueError, match=f"row 3: {number!r} in column 'label' stands beside true"):

@@ -164,6 +164,12 @@ def _class_names(
     if num_labels is None:
         if len(names) < 2:
             raise ValueError(f"{place} holds one class only ({names[0]!r}): nothing to learn from")
+        if 2 * len(names) > len(values) >= 20:
+            warnings.warn(
+                f"{place} holds {len(names)} classes in {len(values)} rows, such as {_listed(names, 3)}: is it "
+                "the label (label_column)? Numbers to predict are written with a point",
+                stacklevel=5,
+            )
         return tuple(names)
     expected = f"{num_labels} classes are expected (num_labels, or the model's)"
     if len(names) > num_labels:
