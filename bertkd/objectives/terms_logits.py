@@ -165,7 +165,8 @@ class CE(Term):
         if self.problem == "classification" and labels.is_floating_point():
             raise ValueError(
                 f"labels are {labels.dtype}, but the head tells {logits.shape[-1]} classes apart and wants "
-                "integers; for regression load it with num_labels=1"
+                "integers; for regression load it with num_labels=1, for several labels a row with "
+                "problem_type='multi_label_classification'"
             )
         per_class = self.problem == "multi_label" or (
             self.problem == "regression" and self._student.num_labels > 1
