@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -155,7 +156,7 @@ class StepContext:
             raise RuntimeError(f"the {role}'s logits were not kept; say so in the term's Needs")
         return logits
 
-    @property
+    @cached_property
     def examples(self) -> Tensor | None:
         """(B,), true at sequences with a real token: others fill a batch up. None where no mask is given."""
         return None if self.mask is None else self.mask.bool().any(1)
@@ -175,10 +176,15 @@ class StepContext:
 
     def first_token(self, hidden: Tensor) -> Tensor:
         """(B, L, d) -> (B, d): each row's first real token, so that left padding keeps its CLS."""
-        if self.mask is None:
+        if self._first is None:
             return hidden[:, 0]
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return hidden[rows, self.mask.to(hidden.device).bool().to(torch.uint8).argmax(1)]
+        return hidden[rows, self._first.to(hidden.device)]
+
+    @cached_property
+    def _first(self) -> Tensor | None:
+        """(B,) positions of the first real tokens, looked for once for all states; None where all are at 0."""
+        return None if self.mask is None else self.mask.bool().to(torch.uint8).argmax(1)
 
 
 @dataclass(frozen=True)
