@@ -123,7 +123,7 @@ def test_a_bias_does_not_keep_a_kernel_away(fast):
     ("length", "checked"),
     [(1, 13), (16, 13), (17, 29), (32, 29), (33, 61), (64, 61), (65, 125), (128, 125), (129, 261)],
 )
-def test_the_form_that_is_checked_is_the_one_that_runs(length, checked):
+def test_the_form_that_is_checked_is_the_one_that_runs(fast, length, checked):
     """Kernels that hold whole heads are for up to 16, 32, 64 and 128 tokens."""
     tensors = [torch.empty(1, 1, length, 8)] * 4
     assert verify._small_sizes("relation_kl", "fast", tensors).length == checked

@@ -172,33 +172,16 @@ _verdicts: dict[tuple, str | None] = {}
 
 
 def _small_sizes(op: str, impl: str, tensors: Sequence[Tensor]) -> Sizes:
-    """A case of the tensors' own widths, of a length that takes the same form of the kernel, and not much else."""
+    """A case of the tensors' own widths, of a size that takes the same form of the kernel, and not much else."""
     widths = tensors[0].shape[-1], tensors[-1].shape[-1]
+    of_form = getattr(implementation(impl), "size_of_form", None)
+    size = None if of_form is None else of_form(op, tensors)
     if tensors[0].dim() == 4:
         length = tensors[0].shape[2]
-        if op == "attention_mse" and impl == "triton":
-            # Its forms are not told apart by the length alone.
-            from bertkd.ops.triton.attention_mse import length_of_form
-
-            return Sizes(length=length_of_form(length, *widths), widths=widths)
-        return Sizes(
-            length=next((n for n in CHECKED_LENGTHS if length <= n + 3), LONG), widths=widths
-        )
-    length = 33
-    if op in ("hidden_proj_mse", "hidden_combine_mse") and impl == "triton":
-        # Of many rows the tiles are others.
-        from bertkd.ops.triton.hidden_proj_mse import MANY_ROWS
-
-        if tensors[0].shape[0] >= MANY_ROWS:
-            length = MANY_ROWS // Sizes().batch + 1
-    if op != "linear_kl":
-        return Sizes(length=length, widths=widths)
-    vocabulary = tensors[1].shape[0]
-    if impl == "triton":
-        # Of many rows there are several chunks, and those of weight 0 are left out.
-        from bertkd.ops.triton.linear_kl import rows_of_form
-
-        length = rows_of_form(tensors[0].shape[0], vocabulary) // Sizes().batch + 1
+        known = next((n for n in CHECKED_LENGTHS if length <= n + 3), LONG)
+        return Sizes(length=known if size is None else size, widths=widths)
+    length = 33 if size is None else size // Sizes().batch + 1
+    vocabulary = tensors[1].shape[0] if op == "linear_kl" else 1
     return Sizes(length=length, widths=widths, vocabulary=vocabulary)
 
 

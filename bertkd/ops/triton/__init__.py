@@ -55,6 +55,15 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     return _load(op).refusal(op, tensors)
 
 
+def size_of_form(op: str, tensors: Sequence[Tensor]) -> int | None:
+    """Of a small case that takes the form of the kernel that ``tensors`` take: its length, of an op on states its rows.
+
+    None for ops whose forms `bertkd.ops.verify` tells apart by the length alone, or which have one.
+    """
+    own = getattr(_load(op), "size_of_form", None)
+    return None if own is None else own(tensors)
+
+
 @cache
 def _load(op: str) -> Any:
     return importlib.import_module(f"{__name__}.{_MODULES[op]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,10 +36,11 @@ def gram_pays(length: int, width_s: int, width_t: int) -> bool:
     return length > GRAM_LENGTH * (width_s + width_t) and max(width_s, width_t) <= GRAM_WIDTH
 
 
-def length_of_form(length: int, width_s: int, width_t: int) -> int:
-    """A small length, with a ragged edge, that takes the same form as ``length``."""
-    last = GRAM_LENGTH * (width_s + width_t)
-    return last + 21 if gram_pays(length, width_s, width_t) else min(61, last)
+def size_of_form(tensors: Sequence[Tensor]) -> int:
+    """A small length, with a ragged edge, that takes the same form as the tensors'."""
+    length, widths = tensors[0].shape[2], (tensors[0].shape[-1], tensors[-1].shape[-1])
+    last = GRAM_LENGTH * sum(widths)
+    return last + 21 if gram_pays(length, *widths) else min(61, last)
 
 
 def attention_mse_rows(

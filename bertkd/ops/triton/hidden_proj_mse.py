@@ -36,6 +36,11 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+def size_of_form(tensors: Sequence[Tensor]) -> int | None:
+    """Fewest rows with the tiles of many, where the tensors have as many; None for any below."""
+    return MANY_ROWS if tensors[0].shape[0] >= MANY_ROWS else None
+
+
 def proj_config(n_rows: int, k_width: int, dtype: torch.dtype, align: int) -> dict[str, Any]:
     """Tile of the projection; few rows get small tiles, so that there are enough of them."""
     if align < 4:

@@ -39,12 +39,13 @@ def leaves_rows_out(n_rows: int, classes: int) -> bool:
     return n_rows * classes >= COMPACT
 
 
-def rows_of_form(n_rows: int, classes: int) -> int:
-    """A small number of rows, of which half may be of weight 0, that takes the same form as ``n_rows``."""
+def size_of_form(tensors: Sequence[Tensor]) -> int | None:
+    """A small number of rows, of which half may be of weight 0, with chunks like the tensors'; None: any below that."""
+    n_rows, classes = tensors[0].shape[0], tensors[1].shape[0]
     several = chunk_rows(classes) + 3
     if leaves_rows_out(n_rows, classes):
         return max(cdiv(COMPACT, classes), 2 * several)
-    return several if n_rows > chunk_rows(classes) else 99
+    return several if n_rows > chunk_rows(classes) else None
 
 
 class _Side(NamedTuple):
