@@ -37,11 +37,11 @@ def start_two(*words: str | Path) -> list[subprocess.Popen]:
     return [start(*words, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]
 
 
-def finish(processes: list[subprocess.Popen]) -> list[str]:
-    """What each has printed, once all have ended well."""
+def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
+    """What each has printed, once all have ended with ``code``."""
     try:
         printed = [process.communicate(timeout=300)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * len(processes)
+        assert [process.returncode for process in processes] == [code] * len(processes)
     finally:
         for process in processes:
             process.kill()
@@ -87,11 +87,22 @@ def test_the_work_was_shared_and_did_something(folder):
         assert torch.equal(tensor, two.tensors["model"][name]) == ("unused" in name), name
 
 
+# What the launcher sees of a process: a group that is left to the interpreter's end may abort it.
+COMMAND_LINE = """
+import sys, torch.distributed
+from bertkd.cli.main import main
+code = main(sys.argv[1:])
+assert not torch.distributed.is_initialized()
+sys.exit(code)
+"""
+
+
 @pytest.mark.slow
 def test_the_command_line_shares_its_work_among_processes(tmp_path):
     """Contrast with the bank, and a last batch that does not divide, on top."""
     place = save_place(tmp_path)
-    command = ["-m", "bertkd", "distill", "--task", place["task"], "--teacher", place["teacher"]]
+    command = ["-c", COMMAND_LINE, "distill"]
+    command += ["--task", place["task"], "--teacher", place["teacher"]]
     command += [*FAST, "--output_dir", tmp_path / "run", "--layers", "uniform:2", "--steps", "3"]
     command += ["--batch_size", "21", "--objective", "hid_cls_contrast + kd"]
     first, second = finish(start_two(*command))
@@ -99,3 +110,8 @@ def test_the_command_line_shares_its_work_among_processes(tmp_path):
     assert second == ""
     assert last_of(tmp_path / "run" / "1-distil").documents["run"]["processes"] == 2
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+
+
+@pytest.mark.slow
+def test_a_command_that_is_refused_leaves_its_process_group_too(tmp_path):
+    finish(start_two("-c", COMMAND_LINE, "demo", "--output_dir", tmp_path), code=2)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from test_training_ddp import finish, start_two
 from training_fakes import FakeDistiller, collate, examples
 
@@ -121,3 +122,5 @@ if __name__ == "__main__":
         run(Path(sys.argv[1]), die if "die" in sys.argv else accuracy, resume=True)
     except ValueError as error:
         print(error)
+    if dist.is_initialized():  # else the interpreter's end may abort a process
+        dist.destroy_process_group()

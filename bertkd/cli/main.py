@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import bertkd
 from bertkd.bench.commandline import BROKEN_PIPE, INTERRUPTED, stop_writing
 from bertkd.cli import bench, demo, distill, evaluate, finetune, info, topic, tune, verify
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Users need what a warning says, not the line of code that says it.
             warnings.showwarning = lambda message, *_: logging.warning("%s", message)
             code = _run(name, command, values)
+        _leave_process_group(code)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -129,6 +132,20 @@ def _run(name: str, command: ModuleType, values: dict[str, Any]) -> int:
         print(f"bertkd {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return OK
+
+
+def _leave_process_group(code: int) -> None:
+    """Part from the other processes of this run, if there are any.
+
+    An interpreter that ends with Gloo's threads alive may abort (pytorch/pytorch#179291), and the launcher would
+    report a run that went well as failed. After an error others may still wait for this process; Gloo does not
+    care, but NCCL would wait for them.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    if code == OK or distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def build_parser() -> CommandParser:
