@@ -25,6 +25,9 @@ def test_foreign_directories_are_never_taken(tmp_path):
         claim_output_dir(tmp_path / "thesis.tex", "distill")
     with pytest.raises(ValueError, match=r"cannot be created: '.*thesis.tex' is a file"):
         check_output_dir(tmp_path / "thesis.tex" / "run", "distill")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is a link to nowhere"):
+        check_output_dir(tmp_path / "link", "distill")
 
 
 def test_an_earlier_run_is_taken_only_when_asked_and_by_its_own_command(tmp_path):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from test_training_ddp import finish, start_two
 from training_fakes import FakeDistiller, collate, examples
 
-from bertkd.training import Stage, train
+from bertkd.training import Stage, checkpoint, train
 from bertkd.training.in_use import LOCK
 
 STAGE = Stage(objective="x", steps=3, batch_size=6, eval_every=1, save_every=1, metric="accuracy")
@@ -50,6 +50,18 @@ def test_a_second_run_is_refused_and_harms_nothing(tmp_path):
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == len(result.history)
     assert not list(tmp_path.glob(".*"))
     assert run(tmp_path, accuracy, resume=True).steps == 3
+
+
+def test_the_checkpoint_to_go_on_from_is_looked_for_under_the_lock(tmp_path, monkeypatch):
+    find, held = checkpoint.find, []
+
+    def look(*words):
+        held.append((tmp_path / LOCK).exists())
+        return find(*words)
+
+    monkeypatch.setattr(checkpoint, "find", look)
+    run(tmp_path, accuracy)
+    assert held == [True]
 
 
 def test_a_killed_run_holds_nobody_up_though_its_children_live(tmp_path):
@@ -95,6 +107,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", fail)
     with pytest.raises(ValueError, match=r"output_dir '.*new' cannot be written to \(Read-only"):
         run(tmp_path / "new", accuracy)
+
+
+def test_a_place_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in ("file", "file/run", "link"):
+        with pytest.raises(ValueError, match=rf"output_dir '.*{place}' cannot be a folder: it is"):
+            run(tmp_path / place, accuracy)
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
             make, was made by another command, or holds an earlier run while ``reuse`` is false.
     """
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"output_dir {str(path)!r} is a link to nowhere; name a directory.")
     if not path.exists():
         above = next(parent for parent in path.absolute().parents if parent.exists())
         if reason := _why_not_writable(above):

@@ -161,18 +161,11 @@ def find(output_dir: Path, resume: bool | str | Path) -> Path | None:
 
     Raises:
         CheckpointError: the one to be taken is damaged, or ``"last-good"`` found none that is not.
-        ValueError: ``resume`` is False but the folder already holds checkpoints, or a path
-            elsewhere; ``output_dir`` is, or lies in, a file.
+        ValueError: ``resume`` is False but the folder already holds checkpoints, or a path elsewhere.
         TypeError: ``resume`` is none of these.
     """
     if not isinstance(resume, (bool, str, Path)):
         raise TypeError(f"resume must be True, False, 'last-good' or a path, got {resume!r}")
-    present = next((p for p in (output_dir, *output_dir.parents) if p.exists()), None)
-    if present is not None and not present.is_dir():
-        raise ValueError(
-            f"output_dir {str(output_dir)!r} cannot be a folder: {str(present)!r} is a file; name "
-            "another place"
-        )
     found = checkpoints(output_dir)
     if not isinstance(resume, bool) and resume != "last-good":
         path = Path(resume)

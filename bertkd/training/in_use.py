@@ -25,7 +25,8 @@ def kept_from_others(output_dir: Path, accelerator: Accelerator) -> Iterator[Non
     Two runs would replace and delete each other's checkpoints, and end with each other's weights.
 
     Raises:
-        ValueError: in all processes: another run is at work there, or the folder cannot be written to.
+        ValueError: in all processes: another run is at work there, or the folder cannot be made or
+            written to.
     """
     reason = None
     with ExitStack() as held:
@@ -37,6 +38,8 @@ def kept_from_others(output_dir: Path, accelerator: Accelerator) -> Iterator[Non
                 reason = (
                     f"is in use by another run ({holder}): wait for its end, or name another place"
                 )
+            except (FileExistsError, NotADirectoryError):
+                reason = "cannot be a folder: it is, or lies in, a file or a link to nowhere; name another place"
             except OSError as error:
                 reason = f"cannot be written to ({error.strerror}); name another place"
         if reason := next(filter(None, gather_object([reason])), None):

@@ -141,9 +141,9 @@ def train(
     meter = Meter(accelerator, min(stage.log_every, due.total))
 
     run = describe_run(module, stage, seed, train_data, lengths, accelerator, settings)
-    found = checkpoint.find(output_dir, resume)
     with kept_from_others(output_dir, accelerator):
         state = TrainState()
+        found = checkpoint.find(output_dir, resume)
         if found is not None:
             contents = checkpoint.read(found)
             refuse_other_run(found, contents.documents["run"], run)
@@ -233,22 +233,22 @@ def train(
                             checkpoint.prune(output_dir, stage.keep_last, state.best_step)
                         accelerator.wait_for_everyone()
 
-        last_checkpoint = output_dir / f"checkpoint-{state.step}"
         best_checkpoint = None
         if state.best_step is not None:
             best_checkpoint = output_dir / f"checkpoint-{state.best_step}"
             if stage.restore == "best" and state.best_step != state.step:
                 restore_model(checkpoint.read(best_checkpoint), module)
-        module.eval()
-        return TrainResult(
-            steps=state.step,
-            history=history.rows,
-            metrics=state.metrics,
-            best_metric=state.best_metric,
-            best_step=state.best_step,
-            last_checkpoint=last_checkpoint,
-            best_checkpoint=best_checkpoint,
-            stopped_early=state.stopped,
-            skipped_steps=state.skipped,
-            seconds=state.seconds,
-        )
+
+    module.eval()
+    return TrainResult(
+        steps=state.step,
+        history=history.rows,
+        metrics=state.metrics,
+        best_metric=state.best_metric,
+        best_step=state.best_step,
+        last_checkpoint=output_dir / f"checkpoint-{state.step}",
+        best_checkpoint=best_checkpoint,
+        stopped_early=state.stopped,
+        skipped_steps=state.skipped,
+        seconds=state.seconds,
+    )
