@@ -139,8 +139,8 @@ class HiddenMSE(_Loss):
         **options: as for ``functional.hidden_mse``.
 
     Raises:
-        TypeError, ValueError: a width that is no whole number from 1 on, or ``project=False`` with
-            different widths.
+        TypeError, ValueError: a width that is no whole number from 1 on, ``project=False`` with different
+            widths, or a ``weight`` beside the module's own.
     """
 
     loss = staticmethod(functional.hidden_mse)
@@ -164,6 +164,11 @@ class HiddenMSE(_Loss):
                 f"project=False needs equal widths, got {width_s} and {width_t}. Use project='auto'."
             )
         needed = width_s != width_t if project == "auto" else project
+        if needed and options.get("weight") is not None:
+            raise ValueError(
+                "weight is given, but the module trains a projection of its own; give forward the weight, or take "
+                "functional.hidden_mse"
+            )
         self.projection = nn.Linear(width_s, width_t, bias=bias) if needed else None
 
     def forward(self, *tensors: Tensor, **options: Any) -> Tensor:

@@ -15,6 +15,7 @@ from bertkd import modules
         (lambda: modules.HiddenMSE(0, 12), ValueError, "width_s must be at least 1, got 0"),
         (lambda: modules.HiddenMSE(8, 12.0), TypeError, "width_t must be a whole number, got 12.0"),
         (lambda: modules.HiddenMSE(8, 8, reduction="max"), ValueError, "HiddenMSE: reduction must"),
+        (lambda: modules.HiddenMSE(4, 8, weight=[[1.0]]), ValueError, "weight is given, but"),
         (lambda: modules.HiddenMSE(4, 8, project=0), ValueError, "needs equal widths, got 4 and 8"),
         (lambda: modules.HiddenCombineMSE(8, 12), TypeError, "widths_s must be a sequence of wid"),
         (lambda: modules.HiddenCombineMSE("8", [12]), TypeError, "widths_s must be a sequence of"),
