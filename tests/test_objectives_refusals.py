@@ -351,9 +351,11 @@ def test_blocks_of_different_softmax_scales_are_refused(objective):
         ("hid_cos(impl='chunked') + att_kl@released + att_pearson + pool", None),
     ],
 )
-def test_an_implementation_that_lacks_a_terms_op(objective, lacking):
+def test_an_implementation_that_lacks_a_terms_op(objective, lacking, monkeypatch):
     if lacking is not None:
         refused(objective, lacking, impl="native")
+        monkeypatch.setenv("BERTKD_IMPL", "native")
+        refused(objective, "BERTKD_IMPL=native cannot be used: it " + lacking.rpartition(".* ")[2])
         return
     teacher, student = tiny_model("bert", layers=4), tiny_model("bert", layers=2, seed=1)
     assert Distiller(teacher, student, objective, impl="native")(tiny_batch(teacher)).loss > 0

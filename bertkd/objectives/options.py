@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from bertkd.errors import unknown_name
+from bertkd.ops.dispatch import ENVIRONMENT_VARIABLE, requested
 from bertkd.ops.implementations import IMPLS, has_op, unavailable
 
 
@@ -54,13 +55,15 @@ def chosen_impl(impl: str | None, default: str) -> str:
 
 
 def check_has_op(impl: str, op: str) -> None:
-    """Check that the implementation a term uses has the op that it needs.
+    """Check that the implementation a term uses, for "auto" that of ``BERTKD_IMPL``, has the op that it needs.
 
     Raises:
         ValueError: it has not.
     """
-    if impl != "auto" and not has_op(impl, op):
-        raise ValueError(f"impl={impl!r} cannot be used: it has no {op}; use 'auto' or 'chunked'")
+    wanted = requested(impl)
+    if wanted != "auto" and not has_op(wanted, op):
+        source = f"impl={wanted!r}" if wanted == impl else f"{ENVIRONMENT_VARIABLE}={wanted}"
+        raise ValueError(f"{source} cannot be used: it has no {op}; use 'auto' or 'chunked'")
 
 
 def flag(name: str, value: Any) -> bool:
