@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also when the power goes."""
+"""Files that appear whole or not at all, also when the power goes; where those lie that can be made anew."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def user_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/bertkd``, or ``~/.cache/bertkd`` where that is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bertkd"
 
 
 @contextmanager

@@ -30,6 +30,13 @@ def h200(monkeypatch, tmp_path):
     config._on_device.cache_clear()
 
 
+def test_tuned_configurations_lie_in_the_users_cache_unless_told_otherwise(monkeypatch, tmp_path):
+    assert config.tuned_file("NVIDIA H200") == tmp_path / "NVIDIA-H200.json"
+    monkeypatch.delenv("BERTKD_TUNE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert config.tuned_file("NVIDIA H200") == tmp_path / "xdg/bertkd/tune/NVIDIA-H200.json"
+
+
 def test_the_wider_dtype_and_head_decide():
     narrow, wide, full = heads(width=32), heads(width=64), heads(width=32, dtype=FULL)
     for pair, bits, width in (

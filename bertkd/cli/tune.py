@@ -17,8 +17,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 class Config:
     """Measure the tile shapes of the Triton attention kernels on this GPU and store those that are faster.
 
-    The result is a JSON file for this GPU model in $BERTKD_TUNE_DIR, or in ~/.cache/bertkd/tune; every later
-    process uses it, and deleting it brings the shipped shapes back.
+    The result is a JSON file for this GPU model in $BERTKD_TUNE_DIR, or in bertkd/tune in $XDG_CACHE_HOME
+    or ~/.cache; every later process uses it, and deleting it brings the shipped shapes back.
 
       bertkd tune
       bertkd tune --dtypes "[bfloat16]" --head_widths "[64,32]" --budget_minutes 10

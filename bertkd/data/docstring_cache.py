@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from bertkd._files import whole_file
+from bertkd._files import user_cache_dir, whole_file
 from bertkd.data.docstrings import Docstring, parse_folder, text_key
 from bertkd.errors import unknown_name
 
@@ -82,18 +82,13 @@ def _read_cached(source: str, cache_dir: str | os.PathLike[str] | None) -> list[
     # out).
     key = json.dumps([_CACHE_FORMAT, platform.python_version(), version, str(root)])
     name = f"docstrings-{source}-{version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
-    path = (Path(cache_dir) if cache_dir is not None else default_cache_dir()) / name
+    path = (Path(cache_dir) if cache_dir is not None else user_cache_dir()) / name
     cached = _load(path)
     if cached is not None:
         return cached
     records = list(parse_folder(root, source, package))
     _store(path, records)
     return records
-
-
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/bertkd``, or ``~/.cache/bertkd`` where that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bertkd"
 
 
 def _load(path: Path) -> list[Docstring] | None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bertkd._files import whole_file
+from bertkd._files import user_cache_dir, whole_file
 from bertkd.ops.triton.sizes import resident_programs
 
 DIRECTORY_VARIABLE = "BERTKD_TUNE_DIR"
@@ -190,7 +190,7 @@ def tuned_key(form: str, bits: int, width: int) -> str:
 def tuned_file(device_name: str) -> Path:
     """Where the tuned configurations of a GPU model lie: ``BERTKD_TUNE_DIR``, or the user's cache."""
     folder = os.environ.get(DIRECTORY_VARIABLE)
-    path = Path(folder) if folder else Path.home() / ".cache" / "bertkd" / "tune"
+    path = Path(folder) if folder else user_cache_dir() / "tune"
     return path / (re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-") + ".json")
 
 
