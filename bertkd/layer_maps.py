@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bertkd.errors import unknown_name
+from bertkd.errors import unknown_name, whole_number
 
 Pairs = tuple[tuple[int, int], ...]
 MapSpec = str | Mapping[Any, Any] | Iterable[Any]
@@ -49,8 +49,8 @@ def block_pairs(
 
     Raises:
         TypeError: if ``spec`` is neither text nor a collection of pairs (an iterator such as
-            ``zip(...)`` can be read only once, and each term reads the map).
-        ValueError: for an unknown or unreadable map, a number out of range, a pair given twice, a
+            ``zip(...)`` can be read only once, and each term reads the map), or a depth no whole number.
+        ValueError: for a depth below 1, an unknown or unreadable map, a number out of range, a pair given twice, a
             student deeper than its teacher (``"uniform"``, ``"random"``), a map for states only.
     """
     _check_depths(num_student, num_teacher)
@@ -241,5 +241,4 @@ def _refuse_deeper(name: str, num_student: int, num_teacher: int) -> None:
 
 def _check_depths(num_student: int, num_teacher: int) -> None:
     for name, value in (("num_student", num_student), ("num_teacher", num_teacher)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive number of blocks, got {value!r}")
+        whole_number(name, value, least=1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from bertkd.errors import whole_number
 from bertkd.objectives.base import Shape
 
 if TYPE_CHECKING:
@@ -97,12 +98,12 @@ def make_plan(
         attention: names of the attention implementations that teacher and student run with.
 
     Raises:
-        ValueError: a size that is not positive, or a length that a model has no positions for.
+        TypeError: a size that is no whole number.
+        ValueError: a size below 1, or a length that a model has no positions for.
     """
     setup = objective.setup
-    for name, value in (("batch_size", batch_size), ("length", length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    batch_size = whole_number("batch_size", batch_size, least=1)
+    length = whole_number("length", length, least=1)
     for side in (setup.student, setup.teacher):
         most = side.spec.max_positions
         if most is not None and length > most:

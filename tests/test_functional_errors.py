@@ -101,7 +101,7 @@ H = torch.randn(2, 6, 8)
         ),
         (
             lambda: functional.attention_kl(Q, Q, Q, Q, relation_heads=2.0),
-            "relation_heads must be a whole number, got float",
+            r"relation_kl: relation_heads must be a whole number, got 2\.0",
         ),
         (
             lambda: functional.softmax_kl(H, H, temperature=torch.tensor(2.0)),

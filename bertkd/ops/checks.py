@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from bertkd.errors import whole_number
 
 REDUCTIONS = ("mean", "sum", "none")
 HALVES = (torch.float16, torch.bfloat16)
@@ -137,10 +139,7 @@ def regroup_heads(op: str, name: str, x: Tensor, relation_heads: int | None) -> 
     """Concatenate the heads of (B, H, L, D) and re-split them into ``relation_heads``: (B, R, L, H D / R)."""
     if relation_heads is None:
         return x
-    if isinstance(relation_heads, bool) or not isinstance(relation_heads, Integral):
-        raise TypeError(
-            f"{op}: relation_heads must be a whole number, got {type(relation_heads).__name__} {relation_heads!r}."
-        )
+    relation_heads = whole_number(f"{op}: relation_heads", relation_heads)
     batch, heads, length, width = x.shape
     if relation_heads < 1 or (heads * width) % relation_heads:
         raise ValueError(
