@@ -217,7 +217,7 @@ def test_of_several_processes_the_first_speaks(tmp_path, monkeypatch, capsys):
         process = SimpleNamespace(
             device="cpu", is_main_process=not rank, print=print if not rank else lambda text: None
         )
-        monkeypatch.setattr(machine, "this_process", lambda process=process: process)
+        monkeypatch.setattr(machine, "PartialState", lambda cpu, process=process: process)
         monkeypatch.setenv("RANK", str(rank))
         assert main(words) == 0
         assert bool(capsys.readouterr().out) == path.exists() == (not rank)
