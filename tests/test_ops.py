@@ -136,7 +136,8 @@ def test_no_op_computes_in_half_precision_under_autocast(op, impl):
 
 @pytest.mark.parametrize("op", sorted(verify.TENSORS))
 def test_the_check_is_that_of_float32_whatever_surrounds_it(op, monkeypatch):
-    """Autocast would run products in half precision, another default dtype would give weights in it."""
+    """Autocast would run products in half precision, another default dtype would give weights in it, and a default
+    device tensors that the CPU's generator cannot fill."""
     found = []
     inner = verify.compare
     monkeypatch.setattr(
@@ -145,7 +146,7 @@ def test_the_check_is_that_of_float32_whatever_surrounds_it(op, monkeypatch):
     kind = op, "fwd_bwd", "chunked", torch.device("cpu"), (torch.float32,) * verify.TENSORS[op]
     sizes = verify.Sizes(length=17, vocabulary=40)
     assert verify._verdict(*kind, sizes) is None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
         assert verify._verdict(*kind, sizes) is None
     torch.set_default_dtype(torch.float64)
     try:

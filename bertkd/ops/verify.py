@@ -79,17 +79,18 @@ def random_case(
     batch, heads, length = sizes.batch, sizes.heads, sizes.length
 
     def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        # On the CPU, whatever PyTorch's default device: the numbers are to be the same everywhere.
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
     def heads_of(dtype: torch.dtype, width: int) -> Tensor:
         # As they come out of a model: (B, L, H, D) seen as (B, H, L, D).
         return tensor(dtype, batch, length, heads, width).transpose(1, 2)
 
     lengths = [length, max(1, length // 2), *[0] * (batch - 2)][:batch]
-    positions = torch.arange(length)
+    positions = torch.arange(length, device="cpu")
     mask = torch.stack([positions < n for n in lengths])
     rows = mask[:, None].expand(-1, heads, -1) * torch.rand(
-        batch, 1, length, generator=generator, dtype=torch.float32
+        batch, 1, length, generator=generator, dtype=torch.float32, device="cpu"
     )
     flat = rows[:, 0].reshape(-1).to(device)
     rows, mask = rows.to(device), mask.to(device)
