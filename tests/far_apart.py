@@ -5,7 +5,7 @@ import torch
 from bertkd.ops import verify
 from bertkd.ops.tensors import float_tensors, unit_stride
 
-SIZES = verify.Sizes(batch=3, heads=1, length=17, widths=(16, 8), vocabulary=40)
+SIZES = verify.Sizes(batch=3, heads=1, length=17, widths=(16, 8), vocabulary=40, bias=False)
 
 
 def spread(x):

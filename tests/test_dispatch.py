@@ -119,6 +119,23 @@ def test_a_bias_does_not_keep_a_kernel_away(fast):
     assert verify.disagreement("linear_kl", "fast", [h, weight, bias, h, weight, bias]) is None
 
 
+@pytest.mark.parametrize("op", ["hidden_proj_mse", "hidden_combine_mse", "linear_kl"])
+def test_a_kernel_is_checked_with_a_bias_where_it_is_to_run_with_one(op, fast):
+    right = getattr(chunked, f"{op}_fwd_bwd")
+    at = 3  # of the student's bias, among the arguments of each of the three
+
+    def deaf(*args):
+        loss, *grads = right(*args[:at], None, *args[at + 1 :])
+        return loss, *grads[:-1], torch.zeros(0 if args[at] is None else args[at].shape[0])
+
+    setattr(fast, f"{op}_fwd_bwd", deaf)
+    h, weight, bias = torch.randn(5, 8), torch.randn(8, 8), torch.randn(8)
+    teacher = [h, weight] if op == "linear_kl" else [h]
+    assert verify.disagreement(op, "fast", [h, weight, *teacher]) is None
+    with pytest.warns(RuntimeWarning, match=f"does not use impl='fast' for {op}"):
+        assert "off by" in verify.disagreement(op, "fast", [h, weight, bias, *teacher])
+
+
 @pytest.mark.parametrize(
     ("length", "checked"),
     [(1, 13), (16, 13), (17, 29), (32, 29), (33, 61), (64, 61), (65, 125), (128, 125), (129, 261)],

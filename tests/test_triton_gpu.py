@@ -64,11 +64,15 @@ def test_attention_errs_at_most_twice_as_much_as_eager(name, widths, dtype, leng
             assert relative(got, want) <= 2 * relative(same, want) + tolerance
 
 
+# Those with weights come with a bias, and without one at the shortest length.
+CASES = [(op, length, True) for op in sorted(verify.TENSORS) for length in (61, 253, 700)]
+CASES += [(op, 61, False) for op in ("hidden_proj_mse", "hidden_combine_mse", "linear_kl")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [61, 253, 700])
-@pytest.mark.parametrize("op", sorted(verify.TENSORS))
-def test_every_op_agrees_with_float64(op, length, dtype):
-    sizes = verify.Sizes(length=length, vocabulary=30522)
+@pytest.mark.parametrize(("op", "length", "bias"), CASES)
+def test_every_op_agrees_with_float64(op, length, bias, dtype):
+    sizes = verify.Sizes(length=length, vocabulary=30522, bias=bias)
     case = verify.random_case(op, [dtype] * verify.TENSORS[op], sizes, "cuda")
     for form in ("fwd_bwd", value_form(op)):
         found = verify.compare(op, "triton", case, form)

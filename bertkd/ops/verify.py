@@ -40,6 +40,7 @@ class Sizes(NamedTuple):
     length: int = LONG
     widths: tuple[int, int] = (64, 64)  # student, teacher: head width, hidden width or classes
     vocabulary: int = 1000
+    bias: bool = True  # whether projections and decoders have one
 
 
 class Comparison(NamedTuple):
@@ -64,8 +65,8 @@ def random_case(
 
     Args:
         op: stem of the op, e.g. ``"relation_kl"``.
-        dtypes: of the op's floating-point tensors in order, biases left out. Ops on lists of states take the
-            first for the student's and the last for the teacher's.
+        dtypes: of the op's floating-point tensors in order, biases left out, which get that of their weight. Ops on
+            lists of states take the first for the student's and the last for the teacher's.
         sizes: see ``Sizes``.
         device: where the tensors are made.
         seed: of the numbers.
@@ -81,6 +82,9 @@ def random_case(
     def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
         # On the CPU, whatever PyTorch's default device: the numbers are to be the same everywhere.
         return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+
+    def bias_of(dtype: torch.dtype, width: int) -> Tensor | None:
+        return tensor(dtype, width) if sizes.bias else None
 
     def heads_of(dtype: torch.dtype, width: int) -> Tensor:
         # As they come out of a model: (B, L, H, D) seen as (B, H, L, D).
@@ -109,20 +113,22 @@ def random_case(
         return [flat, tensor(student, count, width_s), tensor(teacher, count, width_s), 2.0]
     if op == "hidden_proj_mse":
         hidden, weight = tensor(student, count, width_s), tensor(dtypes[1], width_t, width_s)
-        return [flat, hidden, weight, None, tensor(teacher, count, width_t)]
+        bias = bias_of(dtypes[1], width_t)
+        return [flat, hidden, weight, bias, tensor(teacher, count, width_t)]
     if op == "hidden_combine_mse":
         # Mixed precision keeps weights in float32; among a list of states theirs is not told by its place.
         weights = torch.float32 if torch.float32 in dtypes else student
         weight = tensor(weights, width_s, 2 * width_t)
         states = [tensor(teacher, count, width_t) for _ in range(2)]
-        return [flat, [tensor(student, count, width_s)], weight, None, states]
+        return [flat, [tensor(student, count, width_s)], weight, bias_of(weights, width_s), states]
     if op == "linear_kl":
         decoders: list[Any] = []
         for of_hidden, of_weight, width in zip(
             dtypes[::2], dtypes[1::2], sizes.widths, strict=True
         ):
             scaled = tensor(of_weight, sizes.vocabulary, width).mul_(width**-0.5)
-            decoders += [tensor(of_hidden, count, width), scaled, None]
+            bias = bias_of(of_weight, sizes.vocabulary)
+            decoders += [tensor(of_hidden, count, width), scaled, bias]
         return [flat, *decoders, 2.0]
     raise ValueError(f"there is no random case for op {op!r}")
 
@@ -160,7 +166,9 @@ def disagreement(
     """
     device = tensors[0].device
     unbiased = [x for x in tensors if x.dim() > 1]
-    sizes = _small_sizes(op, impl, unbiased)
+    # A bias makes another kernel of it; of linear_kl it is enough if one decoder has one.
+    biased = len(unbiased) < len(tensors)
+    sizes = _small_sizes(op, impl, unbiased)._replace(bias=biased)
     kind = (op, form, impl, device, tuple(x.dtype for x in unbiased), sizes)
     if kind not in _verdicts:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
