@@ -132,7 +132,7 @@ def test_a_contestant_that_raises_does_not_stop_the_others(monkeypatch):
 
 
 def test_peers_that_are_missing_say_how_to_get_them(monkeypatch):
-    monkeypatch.setitem(sys.modules, "textbrewer", None)
+    monkeypatch.setitem(sys.modules, "textbrewer.losses", None)
     monkeypatch.delenv(peers.LINEARARD, raising=False)
     case = replace(SMALL, padding="full")
     assert "pip install --no-deps textbrewer" in peers.why_not("textbrewer", case, CPU, "fwd_bwd")
