@@ -8,7 +8,7 @@ import torch
 from attention_cases import qkv
 
 from bertkd import functional
-from bertkd.ops import chunked, dispatch, implementations, verify
+from bertkd.ops import chunked, dispatch, implementations, schema, verify
 from bertkd.ops.schema import value_form
 
 OPS = verify.TENSORS
@@ -136,6 +136,43 @@ def test_a_kernel_is_checked_with_a_bias_where_it_is_to_run_with_one(op, fast):
         assert "off by" in verify.disagreement(op, "fast", [h, weight, bias, *teacher])
 
 
+@pytest.mark.parametrize("op", verify.ATTENTION)
+def test_a_kernel_is_checked_without_a_mask_where_it_is_to_run_without_one(op, fast):
+    right = getattr(chunked, f"{op}_fwd_bwd")
+
+    def wrong_without(*args):
+        loss, *grads = right(*args)
+        unmasked = not any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args)
+        return loss * (1 + unmasked), *grads
+
+    setattr(fast, f"{op}_fwd_bwd", wrong_without)
+    tensors = [torch.randn(2, 2, 2, 8) for _ in range(OPS[op])]
+    assert verify.disagreement(op, "fast", tensors) is None
+    with pytest.warns(RuntimeWarning, match=f"does not use impl='fast' for {op}"):
+        assert "off by" in verify.disagreement(op, "fast", tensors, masked=False)
+
+
+def test_losses_and_explain_say_whether_there_is_a_mask(monkeypatch):
+    asked, real = [], dispatch.resolve
+    for user in (schema, dispatch):
+        monkeypatch.setattr(
+            user, "resolve", lambda *a, **told: asked.append(told) or real(*a, **told)
+        )
+    x, mask = torch.randn(1, 2, 4, 8), torch.ones(1, 4, dtype=torch.long)
+    functional.attention_kl(x, x, x, x, mask)
+    functional.attention_mse(x, x, x, x)
+    dispatch.explain("attention_kl", x, x, x, x, mask)
+    dispatch.explain("attention_kl")
+    assert asked == [{"masked": masked} for masked in (True, False, True, False)]
+
+
+def test_a_mask_makes_no_other_kind_of_rows_of_states(fast):
+    states = [torch.randn(5, 8)] * 2
+    for masked in (True, False):
+        assert verify.disagreement("hidden_mse", "fast", states, masked=masked) is None
+    assert len(verify._verdicts) == 1
+
+
 @pytest.mark.parametrize(
     ("length", "checked"),
     [(1, 13), (16, 13), (17, 29), (32, 29), (33, 61), (64, 61), (65, 125), (128, 125), (129, 261)],
@@ -220,7 +257,7 @@ def test_on_a_gpu_auto_takes_kernels_that_are_proven_or_agree(gpu, monkeypatch):
     monkeypatch.setattr(verify, "disagreement", lambda *args: asked.append(args) or said[-1])
     said.append(None)
     assert dispatch.resolve("relation_kl", "auto", [x], "rows") == ("triton", "the fastest on cuda")
-    assert asked == [("relation_kl", "triton", [x], "rows")]
+    assert asked == [("relation_kl", "triton", [x], "rows", True)]
     said.append("it is off")
     with pytest.warns(RuntimeWarning, match="relation_kl on cuda by its portable .*: it is off"):
         assert dispatch.resolve("relation_kl", "auto", [x]).impl == "chunked"

@@ -64,15 +64,18 @@ def test_attention_errs_at_most_twice_as_much_as_eager(name, widths, dtype, leng
             assert relative(got, want) <= 2 * relative(same, want) + tolerance
 
 
-# Those with weights come with a bias, and without one at the shortest length.
-CASES = [(op, length, True) for op in sorted(verify.TENSORS) for length in (61, 253, 700)]
-CASES += [(op, 61, False) for op in ("hidden_proj_mse", "hidden_combine_mse", "linear_kl")]
+# Those with weights come with a bias, attention with a mask; without one at the shortest length, attention at all.
+CASES = [(op, length, {}) for op in sorted(verify.TENSORS) for length in (61, 253, 700)]
+CASES += [
+    (op, 61, {"bias": False}) for op in ("hidden_proj_mse", "hidden_combine_mse", "linear_kl")
+]
+CASES += [(op, length, {"masked": False}) for op in verify.ATTENTION for length in (61, 253, 700)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("op", "length", "bias"), CASES)
-def test_every_op_agrees_with_float64(op, length, bias, dtype):
-    sizes = verify.Sizes(length=length, vocabulary=30522, bias=bias)
+@pytest.mark.parametrize(("op", "length", "without"), CASES)
+def test_every_op_agrees_with_float64(op, length, without, dtype):
+    sizes = verify.Sizes(length=length, vocabulary=30522, **without)
     case = verify.random_case(op, [dtype] * verify.TENSORS[op], sizes, "cuda")
     for form in ("fwd_bwd", value_form(op)):
         found = verify.compare(op, "triton", case, form)

@@ -17,7 +17,7 @@ from torch import Tensor
 from bertkd.errors import unknown_name
 from bertkd.ops import verify
 from bertkd.ops.implementations import IMPLS, implementation, unavailable, warn_once
-from bertkd.ops.tensors import float_tensors
+from bertkd.ops.tensors import float_tensors, has_mask
 
 ENVIRONMENT_VARIABLE = "BERTKD_IMPL"
 
@@ -61,7 +61,9 @@ def requested(impl: str = "auto", eager_only: str | None = None) -> str:
     return impl
 
 
-def resolve(op: str, impl: str, tensors: Sequence[Tensor], form: str = "fwd_bwd") -> Choice:
+def resolve(
+    op: str, impl: str, tensors: Sequence[Tensor], form: str = "fwd_bwd", masked: bool = True
+) -> Choice:
     """Decide what runs ``op`` on these tensors.
 
     Args:
@@ -69,6 +71,7 @@ def resolve(op: str, impl: str, tensors: Sequence[Tensor], form: str = "fwd_bwd"
         impl: what ``requested`` gave.
         tensors: the op's floating-point tensors in order; the first one's device decides for "auto".
         form: which of the op's forms is to run; each has kernels of its own to be checked.
+        masked: whether there is a mask of keys; without one, other kernels run.
 
     Raises:
         ValueError: for an ``impl`` asked for by name that cannot run here or not on these tensors.
@@ -88,7 +91,7 @@ def resolve(op: str, impl: str, tensors: Sequence[Tensor], form: str = "fwd_bwd"
         return Choice("chunked", f"the portable default on {device}")
     reason = unavailable(preferred) or implementation(preferred).refusal(op, tensors)
     if reason is None and preferred == "triton":
-        reason = _unproven(op, tensors, form)
+        reason = _unproven(op, tensors, form, masked)
     if reason is None:
         return Choice(preferred, f"the fastest on {device}")
     if device == "cuda" and not any(x.dtype == torch.float64 for x in tensors):
@@ -96,11 +99,11 @@ def resolve(op: str, impl: str, tensors: Sequence[Tensor], form: str = "fwd_bwd"
     return Choice("chunked", f"the portable default; {preferred} is out: {reason}")
 
 
-def _unproven(op: str, tensors: Sequence[Tensor], form: str) -> str | None:
+def _unproven(op: str, tensors: Sequence[Tensor], form: str, masked: bool) -> str | None:
     """Why a Triton kernel may not run unasked on this GPU: unmeasured there, and not yet seen to be right."""
     if torch.cuda.get_device_name(tensors[0].device) in PROVEN_GPUS:
         return None
-    return verify.disagreement(op, "triton", tensors, form)
+    return verify.disagreement(op, "triton", tensors, form, masked)
 
 
 # A loss is not always an op of its own.
@@ -147,8 +150,8 @@ def explain(
     Args:
         op: name of a loss, e.g. ``"attention_kl"``; ``"hidden_proj_mse"`` for a ``hidden_mse`` with a
             projection.
-        *tensors: the loss's tensors, or lists as the loss takes them; a mask, which decides nothing, may be among
-            them. Without any, float32 ones of BERT-base's sizes are assumed.
+        *tensors: the loss's tensors, or lists as the loss takes them; its mask may be among them, as other kernels
+            are checked for calls that have one. Without any, float32 ones of BERT-base's sizes are assumed.
         impl: as given to the loss.
         device: where the assumed tensors live.
 
@@ -164,5 +167,5 @@ def explain(
     given = float_tensors(tensors) or [
         torch.empty(shape, device=device) for shape in _TYPICAL[stem]
     ]
-    choice = resolve(stem, requested(impl), given)
+    choice = resolve(stem, requested(impl), given, masked=has_mask(tensors))
     return f"{op} on {given[0].device.type}: {choice.impl} ({choice.reason})"

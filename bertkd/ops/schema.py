@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bertkd.ops.dispatch import resolve
 from bertkd.ops.implementations import implementation
-from bertkd.ops.tensors import float_tensors
+from bertkd.ops.tensors import float_tensors, has_mask
 from bertkd.reference import compute_dtype
 
 _ATTENTION = "Tensor {0}_s, Tensor {1}_s, Tensor {0}_t, Tensor {1}_t, Tensor? mask, float scale_s, float scale_t"
@@ -168,7 +168,7 @@ def _kernel(name: str):
         if stem in LEAVES_ROWS_OUT and form == "rows":
             *inputs, row_weight = inputs
         tensors = float_tensors(inputs if form == "rows" else inputs[1:])
-        choice = resolve(stem, impl, tensors, form)
+        choice = resolve(stem, impl, tensors, form, masked=has_mask(inputs))
         if form != "rows" and choice.impl != "chunked":
             # Float64 only beside a block of float64 in the same loss; the kernels read float32.
             inputs[0] = inputs[0].float()

@@ -19,6 +19,11 @@ def float_tensors(inputs: Sequence[Any]) -> list[Tensor]:
     return [x for x in flat if isinstance(x, Tensor) and x.is_floating_point()]
 
 
+def has_mask(inputs: Sequence[Any]) -> bool:
+    """Whether a mask is among an op's arguments: the only tensor there that is no floating-point one."""
+    return any(isinstance(x, Tensor) and not x.is_floating_point() for x in inputs)
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """``x``, copied only if its last dimension is not contiguous: kernels read rows as vectors."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

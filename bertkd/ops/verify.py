@@ -41,6 +41,9 @@ class Sizes(NamedTuple):
     widths: tuple[int, int] = (64, 64)  # student, teacher: head width, hidden width or classes
     vocabulary: int = 1000
     bias: bool = True  # whether projections and decoders have one
+    masked: bool = (
+        True  # whether attention has keys that do not count; rows have weights in any case
+    )
 
 
 class Comparison(NamedTuple):
@@ -97,14 +100,14 @@ def random_case(
         batch, 1, length, generator=generator, dtype=torch.float32, device="cpu"
     )
     flat = rows[:, 0].reshape(-1).to(device)
-    rows, mask = rows.to(device), mask.to(device)
+    rows, keys = rows.to(device), mask.to(device) if sizes.masked else None
     count = flat.shape[0]
     scales = width_s**-0.5, width_t**-0.5
     if op in ("relation_kl", "attention_mse"):
         widths = (width_s, width_s, width_t, width_t)
-        return [rows, *(heads_of(*x) for x in zip(dtypes, widths, strict=True)), mask, *scales]
+        return [rows, *(heads_of(*x) for x in zip(dtypes, widths, strict=True)), keys, *scales]
     if op == "self_relation_kl":
-        return [rows, heads_of(student, width_s), heads_of(teacher, width_t), mask, *scales]
+        return [rows, heads_of(student, width_s), heads_of(teacher, width_t), keys, *scales]
     if op == "hidden_mse":
         return [flat, *([tensor(dtype, count, width_s)] for dtype in (student, teacher))]
     if op == "hidden_cosine":
@@ -158,17 +161,19 @@ def compare(op: str, impl: str, case: Sequence[Any], form: str = "fwd_bwd") -> C
 
 
 def disagreement(
-    op: str, impl: str, tensors: Sequence[Tensor], form: str = "fwd_bwd"
+    op: str, impl: str, tensors: Sequence[Tensor], form: str = "fwd_bwd", masked: bool = True
 ) -> str | None:
     """Why a form of ``impl`` may not be trusted with tensors like these, or None; checked once per process and kind.
 
-    Nothing is checked while a CUDA graph is being captured: that would be recorded.
+    Of attention ops a call with a mask (``masked``) and one without are two kinds, with kernels of their own. Nothing
+    is checked while a CUDA graph is being captured: that would be recorded.
     """
     device = tensors[0].device
     unbiased = [x for x in tensors if x.dim() > 1]
     # A bias makes another kernel of it; of linear_kl it is enough if one decoder has one.
     biased = len(unbiased) < len(tensors)
-    sizes = _small_sizes(op, impl, unbiased)._replace(bias=biased)
+    sizes = _small_sizes(op, impl, unbiased)
+    sizes = sizes._replace(bias=biased, masked=masked or op not in ATTENTION)
     kind = (op, form, impl, device, tuple(x.dtype for x in unbiased), sizes)
     if kind not in _verdicts:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
