@@ -66,12 +66,12 @@ def setup_arguments(arguments: list[str]) -> dict:
             super().run()
 
     class RecordedBuild(build_py):
-        """Python files, and the record. It runs for pure wheels too."""
+        """Python files, and the record where nothing is compiled; else it is written once the compilers are done."""
 
         def run(self) -> None:
             super().run()
-            write_record(self)
             if not plan.parts:
+                write_record(self)
                 (package_folder(self) / f"_C{extension_suffix()}").unlink(missing_ok=True)
 
     class NativeBuild(build_ext):

@@ -117,11 +117,13 @@ def build(plan: Plan, root: Path, folder: Path, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     (folder / EXPORTS).write_text("{ global: PyInit__C; local: *; };\n")
     steps = compile_steps(plan, root, folder)
-    link = link_command(plan, [step.output for step in steps], output)
+    # Beside its objects: builds of other parts write to `output` too, and ninja would take theirs for this one's.
+    module = folder / output.name
+    link = link_command(plan, [step.output for step in steps], module)
     workers = jobs()
     try:
         if shutil.which("ninja"):
-            _run_ninja(steps, link, folder, output, workers)
+            _run_ninja(steps, link, folder, module, workers)
         else:
             _run_pool(steps, link, workers)
     except subprocess.CalledProcessError:
@@ -129,6 +131,7 @@ def build(plan: Plan, root: Path, folder: Path, output: Path) -> None:
             "error: bertkd's native code did not compile (see above). BERTKD_BUILD=none installs without it"
             + (", BERTKD_BUILD=cpu without CUDA." if "cuda" in plan.parts else ".")
         ) from None
+    shutil.copy(module, output)
 
 
 def _run_ninja(

@@ -1,10 +1,12 @@
 """The parts of a build one by one: what a compiler says, which files are compiled and how, what is not looked for."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from build_support import backend, commands, plan, toolchain
@@ -47,7 +49,7 @@ def sources(tmp_path):
         path.touch()
     compiler = script(
         tmp_path / "c++",
-        f'echo "$@" >> {tmp_path}/calls\nwhile [ $# -gt 1 ]; do shift; done\ntouch "$1"',
+        f'echo "$@" >> {tmp_path}/calls\nwhile [ $# -gt 1 ]; do shift; done\necho "$1" > "$1"',
     )
     made = plan.Plan(parts=["cpu"])
     made.cxx, made.pybind11 = [str(compiler)], str(root / "pybind11")
@@ -66,6 +68,50 @@ def test_any_path_is_compiled_with_ninja_and_without(ninja, sources, monkeypatch
     # This plan has no instruction set, as on a processor that is no x86.
     assert len(calls.read_text().splitlines()) == 3
     assert "avx2" not in calls.read_text()
+
+
+def test_builds_of_other_parts_do_not_pass_for_this_one(sources):
+    if not compiling.shutil.which("ninja"):
+        pytest.skip("without ninja everything is linked every time")
+    made, root, _ = sources
+    output = root / "bertkd" / "_C.so"
+    # The stand-in for a linker writes where it was told to write.
+    for name in ("cpu", "cpu-cuda", "cpu"):
+        compiling.build(made, root, root / name, output)
+        assert f"/{name}/" in output.read_text()
+
+
+def test_a_build_that_fails_leaves_the_record_of_what_is_there(tmp_path, monkeypatch):
+    def fail(plan, root, folder, output):
+        raise SystemExit("error: it did not compile")
+
+    def succeed(plan, root, folder, output):
+        output.parent.mkdir(parents=True)
+        output.touch()
+
+    def build_editable():
+        made = setuptools.Distribution(
+            {"packages": ["bertkd"], **commands.setup_arguments(["build"])}
+        )
+        made.get_command_obj("build_py").editable_mode = True
+        made.get_command_obj("build_ext").inplace = True
+        made.run_command("build_py")
+        made.run_command("build_ext")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "make_plan", lambda root: plan.Plan(parts=["cpu", "cuda"]))
+    record = tmp_path / "bertkd" / "_build_info.json"
+    record.parent.mkdir()
+    (record.parent / "__init__.py").touch()
+    record.write_text("the last build's")
+    monkeypatch.setattr(commands, "build_native", fail)
+    with pytest.raises(SystemExit, match="did not compile"):
+        build_editable()
+    assert record.read_text() == "the last build's"
+    monkeypatch.setattr(commands, "build_native", succeed)
+    build_editable()
+    assert json.loads(record.read_text())["parts"] == ["cpu", "cuda"]
 
 
 def test_flags_of_an_instruction_set_and_of_strict_builds(sources, monkeypatch):
