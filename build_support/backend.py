@@ -20,7 +20,7 @@ NVCC_FROM_PYPI = [
 
 def _extra() -> list[str]:
     wanted = os.environ.get("BERTKD_NVCC") == "pypi"
-    built = os.environ.get("BERTKD_BUILD", "auto") in ("auto", "cuda")
+    built = (os.environ.get("BERTKD_BUILD") or "auto") in ("auto", "cuda")
     return NVCC_FROM_PYPI if wanted and built else []
 
 
