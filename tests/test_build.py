@@ -177,6 +177,7 @@ def test_sdist_holds_what_a_build_needs(tree, tmp_path):
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     sources += (ROOT / "build_support").glob("*.py")
     assert {str(path.relative_to(ROOT)) for path in sources} <= names
+    assert not [name for name in names if name.startswith("tests")]
     wheel, _ = build_wheel(sdist, tmp_path, **QUICK, **without_nvcc(tmp_path))
     names, record = read_wheel(wheel)
     assert f"bertkd/_C{SUFFIX}" in names
