@@ -163,12 +163,16 @@ def probe_nvcc(nvcc: Path, cxx: list[str]) -> tuple[str, list[int]]:
 
 def choose_archs(known: list[int]) -> list[str]:
     """Architectures to build: ``BERTKD_CUDA_ARCHS`` (``native``: this machine's), or the defaults this nvcc knows."""
-    asked = os.environ.get("BERTKD_CUDA_ARCHS", "").strip()
-    if asked == "native":
-        asked = _native_archs()
+    asked = wish = os.environ.get("BERTKD_CUDA_ARCHS", "").strip()
     if not asked:
         return [arch for arch in DEFAULT_ARCHS if int(arch.rstrip("af")) in known]
+    if asked == "native":
+        asked = _native_archs()
     archs = [arch for arch in re.split(r"[;,\s]+", asked) if arch]
+    if not archs:
+        raise BadSetting(
+            f"BERTKD_CUDA_ARCHS={wish}: gives no architecture. Write numbers like 80;90a;120."
+        )
     for arch in archs:
         number = re.fullmatch(r"(\d{2,3})[af]?", arch)
         problem = None

@@ -167,6 +167,18 @@ def test_an_nvcc_for_older_gpus_alone_is_no_nvcc(monkeypatch):
     assert made.missing == {"cuda": "nvcc 10.2.89 knows no architecture from 80 up"}
 
 
+def test_architectures_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("BERTKD_CUDA_ARCHS", ";")
+    with pytest.raises(toolchain.BadSetting, match="BERTKD_CUDA_ARCHS=;: gives no architecture"):
+        toolchain.choose_archs([80, 90])
+    # A driver that lists no GPU is no wish for all architectures.
+    script(tmp_path / "nvidia-smi", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("BERTKD_CUDA_ARCHS", "native")
+    with pytest.raises(toolchain.BadSetting, match="=native: gives no architecture"):
+        toolchain.choose_archs([80, 90])
+
+
 def test_nothing_is_looked_for_where_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(commands, "make_plan", lambda root: pytest.fail("it looked"))
     assert commands.setup_arguments(["setup.py", "egg_info"]) == {}
