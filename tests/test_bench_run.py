@@ -27,6 +27,7 @@ from bertkd.bench.selection import Selection
 from bertkd.bench.step_cases import Trainer, make_batches, step_case
 from bertkd.bench.step_fill import largest_that
 from bertkd.bench.verify import Oracle
+from bertkd.ops.native import library as native
 from bertkd.ops.verify import relative_error
 
 CPU = torch.device("cpu")
@@ -206,6 +207,14 @@ def test_peak_of_a_child_counts_the_run_alone(monkeypatch):
     )
     assert eager > 3 * 2 * 4 * 512**2 * 4
     assert chunked < eager / 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(native.unavailable() is not None, reason="needs the native kernels")
+def test_scratch_that_native_code_keeps_belongs_to_the_run():
+    case = attention("relation_kl", (1, 1, 2048, 8), "float32")
+    gradients = 2 * 2048 * 8 * 4
+    assert memory.peak_in_child(op_cases.prepared, case, "native") > 5 * gradients
 
 
 @pytest.fixture
