@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -191,6 +192,25 @@ def touch(mebibytes):
 
 def explode():
     raise ValueError("cannot be prepared")
+
+
+def test_flex_attention_stays_compiled_however_many_cases_there_are(monkeypatch):
+    compiler = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(flex, "_attention", flex._attention.__wrapped__)
+    monkeypatch.setattr(flex, "why_not", lambda *_: None)
+    # The graphs of one case: of both networks, of the part that is verified and of the whole.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
+    settings = op_cases.Settings(CPU, Selection({"mode": ("fwd",)}), ("eager", "flex"), rounds=3)
+    found = []
+    for length in (40, 56):
+        case = attention("relation_kl", (2, 3, length, 16), "float32")
+        found += [row.status for row in op_cases.run_case(case, settings) if row.impl == "flex"]
+    assert found == ["ok"] * 4
+    # More than PyTorch keeps is an error, not a time of code that makes maps after all.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    time, *_ = (row for row in op_cases.run_case(case, settings) if row.impl == "flex")
+    assert (time.status, time.p50) == ("error", None)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -76,9 +76,7 @@ def loss_of(impl: str, op: str) -> Loss:
     if impl == "eager":
         return spec.eager
     if impl == "compile":
-        # One graph per case: what was compiled for another shape would count as a recompilation.
-        torch.compiler.reset()
-        return torch.compile(spec.eager, dynamic=False)
+        return torch.compile(spec.eager, dynamic=False, fullgraph=True)
     return peers.loss_of(impl, op)
 
 

@@ -33,7 +33,8 @@ def why_not(case: Case, device: torch.device, mode: str) -> str | None:
 def _attention():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    # As a full graph it fails after as many graphs as PyTorch keeps; else it would go on uncompiled, with every map.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def loss() -> Loss:

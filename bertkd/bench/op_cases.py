@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -64,6 +65,9 @@ class Settings:
 
 def run_case(case: Case, settings: Settings) -> Iterator[Row]:
     """All rows of a case."""
+    if "torch._dynamo" in sys.modules:
+        # PyTorch keeps 8 graphs of a function: those of the cases before must not count.
+        torch.compiler.reset()
     inputs = make_inputs(case, settings.device)
     oracle = Oracle(case.op, inputs)
     losses: dict[str, Loss | None] = {}
