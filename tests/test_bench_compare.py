@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +91,8 @@ SAME, SLOW = ([1.0] * 3, [1.0] * 3), ([1.0] * 3, [1.5] * 3)
         ([SLOW, SLOW], 1, "slower"),
         # A second look at what is in doubt: both looks count.
         ([([1.0] * 3, [1.2] * 3), ([1.0] * 9, [1.0] * 9)], 0, "same"),
-        ([compare.Unavailable("base: too long")], 0, "skipped"),
+        # Who compares nothing has not shown that nothing is slower.
+        ([compare.Unavailable("base: too long")], 1, "skipped"),
         ([compare.Unavailable("new: off by 1", red=True)], 1, "red"),
     ],
 )
@@ -110,7 +112,30 @@ def test_what_fails_a_comparison(answers, code, said, monkeypatch, capsys):
     assert left == []
     _, line, verdict = capsys.readouterr().out.splitlines()
     assert line.split()[:2] == [said, SMALL.name.split()[0]]
-    assert verdict.startswith("1 red, or slower" if code else "nothing slower")
+    failed = "nothing was compared" if said == "skipped" else "1 red, or slower"
+    assert verdict.startswith(failed if code else "nothing slower")
+
+
+@pytest.mark.parametrize("tree", ["base", "new"])
+def test_this_tree_must_run_what_the_base_can(tree, monkeypatch):
+    def one(self, asked):
+        if asked == tree:
+            raise compare.Unavailable(f"{tree}: RuntimeError: broken")
+        return 1.0
+
+    monkeypatch.setattr(compare.Timer, "_one", one)
+    with pytest.raises(compare.Unavailable, match="broken") as raised:
+        compare.Timer(SMALL, "chunked", "fwd", 3, "cpu").pairs("base", "new", 3)
+    assert raised.value.red == (tree == "new")
+
+
+def test_only_what_an_op_has_is_compared(monkeypatch):
+    jobs = []
+    monkeypatch.setattr(compare, "checkout", lambda *_: nullcontext(Path()))
+    monkeypatch.setattr(compare, "_compare", lambda found, *_: jobs.extend(found) or 0)
+    select = "self_attention,L=128,mode=fwd"
+    assert compare.main(["--base", "HEAD", "--device", "cpu", "--select", select]) == 0
+    assert [impl for _, impl, _ in jobs] == ["native"]
 
 
 def test_the_base_has_a_library_of_its_own_sources(tmp_path):

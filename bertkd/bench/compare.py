@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from bertkd.bench.cases import Case
 from bertkd.bench.children import pack
-from bertkd.bench.contestants import MODES, OURS
+from bertkd.bench.contestants import MODES, OURS, applies
 from bertkd.bench.environment import find_device
 from bertkd.bench.runner import all_cases
 from bertkd.bench.selection import known_values, parse_selection
@@ -84,7 +84,7 @@ def _half_spread(values: Sequence[float]) -> float:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the comparison; 1 if anything became slower, 0 if not.
+    """Run the comparison; 1 if anything became slower, wrong or impossible, or nothing was compared, else 0.
 
     Raises:
         ValueError: no such commit, no git checkout, or a selection of nothing.
@@ -110,6 +110,7 @@ def main(words: Sequence[str]) -> int:
         for impl in OURS
         for mode in (("step",) if case.op in PAIRS else MODES)
         if selection.allows("impl", impl) and selection.allows("mode", mode)
+        if mode == "step" or applies(impl, case.op, mode)
     ]
     if not jobs:
         raise ValueError(f"select={args.select!r} leaves nothing to compare.")
@@ -118,7 +119,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _compare(jobs: Sequence[tuple[Case, str, str]], base_tree: Path, root: Path, args) -> int:
-    failed = 0
+    failed = compared = 0
     print(f"new / base {args.base}, {args.pairs} pairs of processes, {args.rounds} rounds each")
     for case, impl, mode in jobs:
         timer = Timer(case, impl, mode, args.rounds, args.device)
@@ -136,21 +137,24 @@ def _compare(jobs: Sequence[tuple[Case, str, str]], base_tree: Path, root: Path,
             base, new = base + more_base, new + more_new
             verdict = judge(base, new)
         failed += verdict.word == "slower"
+        compared += 1
         milliseconds = [number(statistics.median(side) * 1e3) for side in (base, new)]
         print(
             f"  {verdict.word:8} {name}: {milliseconds[0]} -> {milliseconds[1]} ms, "
             f"{verdict.ratio:.2f} +- {verdict.noise:.2f}"
         )
-    print(
-        f"{failed} red, or slower by more than {THRESHOLD:.0%} beyond the noise"
-        if failed
-        else "nothing slower"
-    )
-    return int(failed > 0)
+    if failed:
+        print(f"{failed} red, or slower by more than {THRESHOLD:.0%} beyond the noise")
+    else:
+        print("nothing slower" if compared else "nothing was compared; the base runs none of it")
+    return int(failed > 0 or not compared)
 
 
 class Unavailable(RuntimeError):
-    """A tree cannot run a case; the message says which and why. ``red``: it ran, and the result is wrong."""
+    """A tree cannot run a case; the message says which and why.
+
+    ``red``: it ran and the result is wrong, or this tree cannot run what the base can.
+    """
 
     def __init__(self, reason: str, red: bool = False) -> None:
         super().__init__(reason)
@@ -167,12 +171,20 @@ class Timer(NamedTuple):
     device: str
 
     def pairs(self, base: Path, new: Path, count: int) -> tuple[list[float], list[float]]:
-        """Median seconds of ``count`` processes of either tree, in turn: base, new, new, base, ..."""
+        """Median seconds of ``count`` processes of either tree, in turn: base, new, new, base, ...
+
+        Raises:
+            Unavailable: a tree cannot run the case.
+        """
         found: dict[Path, list[float]] = {base: [], new: []}
         for number_of_pair in range(count):
             order = (base, new) if number_of_pair % 2 == 0 else (new, base)
             for tree in order:
-                found[tree].append(self._one(tree))
+                try:
+                    found[tree].append(self._one(tree))
+                except Unavailable as reason:
+                    reason.red |= tree == new  # the base came first, and could
+                    raise
         return found[base], found[new]
 
     def _one(self, tree: Path) -> float:
