@@ -1,6 +1,11 @@
-# Thin targets: what they run is what you would type. Everything lives in .venv; `make PYTHON=python3.12 ...` picks another.
+# Thin targets: what they run is what you would type. Everything lives in .venv; `make PYTHON=python3.12 ...` picks another
+# after `make clean`: a .venv that is there keeps its Python.
 PYTHON ?= python3
 VENV ?= .venv
+# Targets and rules would take the parts of such a path for several, and `clean` would delete each.
+ifneq ($(words $(VENV)),1)
+$(error VENV=$(VENV): must be one path without spaces)
+endif
 SEEDS ?= 1
 BIN := $(VENV)/bin
 # Narrow a benchmark, give it minutes, name the commit to compare with: make bench SELECT="relation_kl,L=512"

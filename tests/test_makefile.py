@@ -120,6 +120,14 @@ def test_words_reach_the_part_that_they_are_for(make):
     assert given == []
 
 
+@pytest.mark.parametrize("path", ["/somebody/s venv", ""])
+def test_a_path_that_make_would_take_for_several_is_refused(path, make):
+    done, *_ = make("--dry-run", "clean", f"VENV={path}")
+    assert done.returncode != 0
+    assert f"VENV={path}: must be one path without spaces" in done.stderr
+    assert "rm -rf" not in done.stdout
+
+
 def test_every_test_that_needs_a_gpu_is_run(make):
     _, asked, _ = make("gpu-test")
     files = {word for word in asked["test"]["words"] if word.startswith("tests/")}
