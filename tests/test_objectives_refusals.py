@@ -13,7 +13,7 @@ from torch import nn
 
 from bertkd.distiller import Distiller
 from bertkd.errors import UnsupportedEncoderError
-from bertkd.objectives import TERMS, read_objective
+from bertkd.objectives import TERMS, Needs, Term, read_objective, register_term
 from bertkd.ops.implementations import has_op, unavailable
 from bertkd.ops.verify import TENSORS
 
@@ -365,3 +365,19 @@ def test_cuda_has_some_ops_and_triton_all():
     assert has_op("cuda", "self_relation_kl")
     assert not has_op("cuda", "attention_mse")
     assert all(has_op("triton", op) and has_op("chunked", op) for op in TENSORS)
+
+
+def test_a_term_that_lacks_a_method_is_refused_where_it_is_registered():
+    class Unplanned(Term):
+        kind = "unplanned"
+
+        def needs(self):
+            return Needs()
+
+        def forward(self, step):
+            return torch.zeros(())
+
+    # Without its bytes everything would work up to the first plan.
+    with pytest.raises(TypeError, match="term 'unplanned': Unplanned does not define memory;"):
+        register_term(Unplanned)
+    assert "unplanned" not in TERMS

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bertkd.objectives import TERMS
+
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 
@@ -48,3 +50,10 @@ def test_commands_parse(line):
 def test_make_targets_exist(line):
     makefile = (README.parent / "Makefile").read_text()
     assert re.search(rf"^{line.split()[1]}:", makefile, re.M)
+
+
+def test_every_term_has_a_row():
+    (table,) = re.findall(r"^\| term \|.*\n((?:\|.*\n)+)", README.read_text(), re.MULTILINE)
+    firsts = [row.split("|")[1] for row in table.splitlines()]
+    named = [name for first in firsts for name in re.findall(r"`(\w+)`", first)]
+    assert sorted(named) == sorted(TERMS)

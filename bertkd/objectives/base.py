@@ -312,7 +312,13 @@ def register_term(cls: type[Term]) -> type[Term]:
 
     Raises:
         ValueError: the kind is empty or already taken.
+        TypeError: it lacks a method that every term has.
     """
+    lacking = [m for m in ("needs", "forward", "memory") if getattr(cls, m) is getattr(Term, m)]
+    if lacking:
+        raise TypeError(
+            f"term {cls.kind!r}: {cls.__name__} does not define {', '.join(lacking)}; see Term for what they return"
+        )
     if not cls.kind.isidentifier() or cls.kind in TERMS:
         raise ValueError(f"term kind {cls.kind!r} is not a free name; known: {', '.join(TERMS)}")
     TERMS[cls.kind] = cls
