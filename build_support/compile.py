@@ -143,15 +143,17 @@ def _run_ninja(
     def path(p: Path) -> str:
         return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = []
+    # ninja stays where it is called, as relative paths in CXX, CXXFLAGS and BERTKD_NVCC are meant from there.
+    lines = [f"builddir = {path(folder)}"]
     for index, step in enumerate(steps):
         lines += [f"rule c{index}", f"  command = {quoted(step.command)}"]
         lines += [f"  depfile = {path(step.depfile)}", "  deps = gcc"]
         lines += [f"build {path(step.output)}: c{index} {path(step.source)}"]
     objects = " ".join(path(step.output) for step in steps)
     lines += ["rule link", f"  command = {quoted(link)}", f"build {path(output)}: link {objects}"]
-    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
-    subprocess.run(["ninja", "-C", str(folder), "-j", str(workers)], check=True)
+    file = folder / "build.ninja"
+    file.write_text("\n".join([*lines, ""]))
+    subprocess.run(["ninja", "-f", str(file), "-j", str(workers)], check=True)
 
 
 def _run_pool(steps: list[Step], link: list[str], workers: int) -> None:

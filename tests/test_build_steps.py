@@ -70,6 +70,21 @@ def test_any_path_is_compiled_with_ninja_and_without(ninja, sources, monkeypatch
     assert "avx2" not in calls.read_text()
 
 
+@pytest.mark.parametrize("ninja", [True, False])
+def test_a_relative_compiler_is_one_from_here(ninja, sources, monkeypatch):
+    made, root, _ = sources
+    found = compiling.shutil.which("ninja")
+    if ninja and not found:
+        pytest.skip("there is no ninja")
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: found if ninja else None)
+    monkeypatch.chdir(Path(made.cxx[0]).parent)
+    made.cxx = ["./c++"]
+    compiling.build(made, root, root / "build", root / "bertkd" / "_C.so")
+    assert (root / "bertkd" / "_C.so").exists()
+    # ninja's own files stay with the objects.
+    assert not list(Path.cwd().glob(".ninja*"))
+
+
 def test_builds_of_other_parts_do_not_pass_for_this_one(sources):
     if not compiling.shutil.which("ninja"):
         pytest.skip("without ninja everything is linked every time")
