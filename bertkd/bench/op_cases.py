@@ -89,7 +89,8 @@ def run_case(case: Case, settings: Settings) -> Iterator[Row]:
             if status == "error":
                 # Or every contestant after it would be blamed, and lose what was measured of it before.
                 check_device(settings.device)
-        yield from _measure(case, mode, inputs, admitted, losses, settings)
+        if any(settings.selection.allows("impl", impl) for impl in admitted):
+            yield from _measure(case, mode, inputs, admitted, losses, settings)
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:

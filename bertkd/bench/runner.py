@@ -18,7 +18,7 @@ import torch
 from bertkd.bench import environment, step_fill, summary
 from bertkd.bench.cases import Case, cases_for
 from bertkd.bench.commandline import Options
-from bertkd.bench.contestants import IMPLS, MODES, OURS
+from bertkd.bench.contestants import IMPLS, MODES, OURS, applies
 from bertkd.bench.ddp import ddp_cases_for, run_ddp
 from bertkd.bench.op_cases import Settings, run_case
 from bertkd.bench.record import Row, merge, read_rows, write_rows
@@ -26,7 +26,7 @@ from bertkd.bench.roofline import MeasuredCeilings
 from bertkd.bench.selection import Selection, known_values, parse_selection
 from bertkd.bench.step_cases import step_cases_for
 from bertkd.bench.step_models import PAIRS
-from bertkd.bench.step_runs import run_step
+from bertkd.bench.step_runs import CONTESTANTS, run_step
 from bertkd.bench.timing import DeviceLost, check_device, release_memory, told
 from bertkd.study.files import claim_output_dir, write_json, write_text
 
@@ -63,10 +63,24 @@ def plan(options: Options) -> Job:
     selection = parse_selection(
         options.select, known_values(cases, impl=IMPLS, mode=(*MODES, "step"))
     )
-    chosen = [case for case in cases if selection.takes(case)]
+    chosen = [case for case in cases if selection.takes(case) and _has_anybody(case, selection)]
     if not chosen:
         raise ValueError(f"select={options.select!r} leaves no case; see them with --list.")
     return Job(options, device, selection, chosen, output_folder(options.output_dir, device))
+
+
+def _has_anybody(case: Case, selection: Selection) -> bool:
+    """Whether a contestant and a mode of the case are asked for; else eager would be timed and told to nobody."""
+    if case.op in PAIRS:
+        wanted = any(selection.allows("impl", impl) for impl in CONTESTANTS)
+        return wanted and selection.allows("mode", "step")
+    return any(
+        selection.allows("impl", impl)
+        and selection.allows("mode", mode)
+        and applies(impl, case.op, mode)
+        for impl in IMPLS
+        for mode in MODES
+    )
 
 
 def all_cases(device: str) -> list[Case]:

@@ -39,7 +39,8 @@ def run_step(case: Case, settings: Settings) -> Iterator[Row]:
         return
     row = partial(Row, **case.columns, mode="step", **settings.stamp)
     trainers, errors = yield from _admitted(case, settings, row)
-    yield from _measure(case, trainers, errors, row, settings)
+    if any(settings.selection.allows("impl", impl) for impl in trainers):
+        yield from _measure(case, trainers, errors, row, settings)
 
 
 def _admitted(case, settings, row) -> Generator[Row, None, tuple[dict[str, Trainer], dict]]:
