@@ -123,6 +123,16 @@ def test_a_folder_is_checked_before_anything_runs(options, tmp_path, capsys):
     assert captured.out == ""
 
 
+def test_a_folder_is_of_one_device(options, monkeypatch, tmp_path, capsys):
+    assert command.main(options) == 0
+    before = (tmp_path / "r" / "results.csv").read_bytes()
+    monkeypatch.setattr(runner.environment, "device_name", lambda device: "Another CPU, 2 cores")
+    monkeypatch.setattr(runner, "measured", lambda *_: pytest.fail("a case was run"))
+    assert command.main(options) == 1
+    assert "and this is Another CPU, 2 cores; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "r" / "results.csv").read_bytes() == before
+
+
 def test_a_disk_that_is_full_is_no_wrong_usage(options, monkeypatch, capsys):
     def full(*_):
         raise OSError("no space left on device")

@@ -109,6 +109,9 @@ def run(job: Job, say: Callable[[str], object] = SAY, *, apart: bool = False) ->
 
     Args:
         apart: on a CPU, measure each case in a process of its own.
+
+    Raises:
+        ValueError: the folder holds results of another device.
     """
     if job.device.index is not None:
         torch.cuda.set_device(job.device)
@@ -118,6 +121,12 @@ def run(job: Job, say: Callable[[str], object] = SAY, *, apart: bool = False) ->
     rows: list[Row] = []
     lost = ""
     stamp = environment.stamp(job.device)
+    # Targets and pictures would take one device's times for the other's.
+    if others := {row.device for row in before} - {stamp["device"]}:
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds results of {', '.join(sorted(others))}, and this is "
+            f"{stamp['device']}; name another folder."
+        )
     ceilings = MeasuredCeilings(job.device)
     settings = settings_of(job, stamp, ceilings)
     on_cpu = job.device.type == "cpu"
