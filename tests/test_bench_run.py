@@ -177,6 +177,7 @@ def test_flex_attention_says_the_same(case, monkeypatch):
     with torch.no_grad():
         assert relative_error(flex.loss()(inputs), exact) < 1e-5
     assert "no backward" in flex.why_not(case, CPU, "fwd_bwd")
+    assert "log-sum-exp" in flex.why_not(case, CPU, "fwd")
 
 
 def touch(mebibytes):
@@ -192,6 +193,16 @@ def touch(mebibytes):
 
 def explode():
     raise ValueError("cannot be prepared")
+
+
+def test_compilers_take_no_time_from_the_less_important():
+    for impl in ("compile", "flex"):
+        asked = partial(contestants.why_not, impl, device=torch.device("cuda"))
+        assert asked(SMALL, mode="fwd_bwd") is None
+        assert asked(SMALL, mode="fwd") == "compiled with gradients only"
+        less = asked(replace(SMALL, importance=2), mode="fwd_bwd")
+        assert less == "compiled for the most important cases only"
+    assert contestants.why_not("compile", SMALL, CPU, "fwd") is None
 
 
 def test_flex_attention_stays_compiled_however_many_cases_there_are(monkeypatch):

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from bertkd.bench import peers
+from bertkd.bench import flex, peers
 from bertkd.bench.cases import Case
 from bertkd.bench.ops import SPECS
 from bertkd.bench.spec import OURS, Inputs, Loss
@@ -36,7 +36,7 @@ def why_not(impl: str, case: Case, device: torch.device, mode: str) -> str | Non
     if impl in OURS:
         return _why_not_ours(impl, case, device)
     if impl == "compile":
-        return None if case.importance == 1 else "compiled for the most important cases only"
+        return flex.why_not_compiled(case, device, mode)
     return peers.why_not(impl, case, device, mode) if impl in peers.PEERS else None
 
 
