@@ -60,6 +60,24 @@ def test_a_trainer_matches_the_last_blocks_and_keeps_the_teacher_in_half_precisi
     assert {p.dtype for p in student.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("impl", ["eager", "chunked"])
+@pytest.mark.parametrize("pair", ["tiny", "tiny_qkv"])
+def test_nobodys_teacher_in_half_precision_runs_under_autocast(pair, impl, monkeypatch):
+    seen = []
+    networks = step_models.networks(pair, torch.device("cpu"))
+    monkeypatch.setattr(step_cases, "networks", lambda name, device: networks)
+
+    def watch(module, *_):
+        autocast = torch.is_autocast_enabled("cpu")
+        seen.append((module.word_embeddings.weight.dtype, autocast, torch.is_grad_enabled()))
+
+    for model in networks:
+        model.embeddings.register_forward_pre_hook(watch)
+    trainer = Trainer(step_case(pair, 2, 12, dtype="bfloat16"), impl, torch.device("cpu"))
+    trainer.loss(trainer.batches[0])
+    assert seen == [(torch.bfloat16, False, False), (torch.float32, True, True)]
+
+
 def test_a_student_with_dropout_is_compared_without_and_timed_with_it(monkeypatch):
     pair = replace(step_models.PAIRS["tiny"], dropout=0.5)
     monkeypatch.setitem(step_models.PAIRS, "tiny_dropout", pair)

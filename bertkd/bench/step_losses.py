@@ -42,7 +42,7 @@ def eager(name: str, teacher: Any, student: Any, pairs: Sequence[tuple[int, int]
 
 def _maps(teacher: Any, student: Any, batch: Batch, pairs: Sequence[tuple[int, int]]) -> Tensor:
     """``output_attentions=True`` keeps the maps of every block of both networks."""
-    with torch.no_grad():
+    with _teachers_own(batch):
         maps_t = teacher(**batch, output_attentions=True).attentions
     maps_s = student(**batch, output_attentions=True).attentions
     mask = batch["attention_mask"].bool()
@@ -51,9 +51,16 @@ def _maps(teacher: Any, student: Any, batch: Batch, pairs: Sequence[tuple[int, i
     return torch.stack(losses).sum() / rows
 
 
+@contextmanager
+def _teachers_own(batch: Batch):
+    """No gradients, and no autocast, whose casts a teacher in half precision is spared by a Distiller too."""
+    with torch.no_grad(), torch.autocast(batch["input_ids"].device.type, enabled=False):
+        yield
+
+
 def _relations(teacher: Any, student: Any, batch: Batch, pairs: Sequence, heads: int) -> Tensor:
     """The three relations' losses from the projections' outputs, which hooks pick up."""
-    with _projections(teacher, [t for _, t in pairs]) as found_t, torch.no_grad():
+    with _projections(teacher, [t for _, t in pairs]) as found_t, _teachers_own(batch):
         teacher(**batch)
     with _projections(student, [s for s, _ in pairs]) as found_s:
         student(**batch)
