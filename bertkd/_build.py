@@ -68,8 +68,8 @@ def serves(capability: tuple[int, int]) -> bool:
     for arch in found.get("cuda_archs", []):
         number = int(arch.rstrip("af"))
         same_major, older = number // 10 == major, number % 10 <= minor
-        # Code for a suffixed architecture runs on that GPU alone.
-        if same_major and (number % 10 == minor if not arch.isdigit() else older):
+        # Code for 90a runs on that GPU alone, for 100f on later ones of its family too, as for a number.
+        if same_major and (number % 10 == minor if arch.endswith("a") else older):
             return True
     ptx = found.get("cuda_ptx")
     return ptx is not None and int(ptx) <= 10 * major + minor

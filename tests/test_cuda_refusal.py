@@ -124,6 +124,12 @@ def test_gpus_that_a_build_serves(capability, served, on_gpu):
         assert reason == "its kernels need a GPU of sm_80 or newer, this one is sm_75"
 
 
+@pytest.mark.parametrize(("arch", "served"), [("100", True), ("100a", False), ("100f", True)])
+def test_which_later_gpus_code_without_ptx_serves(arch, served, on_gpu):
+    on_gpu(capability=(10, 3), record=RECORD | {"cuda_archs": [arch], "cuda_ptx": None})
+    assert (refusal("softmax_kl", torch.zeros(2, 2)) is None) == served
+
+
 def test_without_ptx_a_newer_gpu_is_not_served(on_gpu):
     for capability, served in (((9, 0), True), ((9, 1), False), ((10, 0), False)):
         on_gpu(
