@@ -195,6 +195,18 @@ def explode():
     raise ValueError("cannot be prepared")
 
 
+def test_products_alone_are_those_of_contiguous_tensors():
+    found = {}
+    runs = {name: partial(found.__setitem__, name) for name in ("products", "eager")}
+    inputs = op_cases.make_inputs(SMALL, CPU)
+    op_cases.times_of(SMALL, inputs, runs, settings(rounds=3))
+    assert found["eager"] is inputs
+    assert not any(x.is_contiguous() for x in [*inputs.student, *inputs.teacher])
+    plain = found["products"]  # torch.matmul would copy the others, which is no part of a product
+    assert all(x.is_contiguous() for x in [*plain.student, *plain.teacher])
+    assert all(map(torch.equal, plain.student + plain.teacher, inputs.student + inputs.teacher))
+
+
 def test_compilers_take_no_time_from_the_less_important():
     for impl in ("compile", "flex"):
         asked = partial(contestants.why_not, impl, device=torch.device("cuda"))

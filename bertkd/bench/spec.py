@@ -29,6 +29,14 @@ class Inputs(NamedTuple):
             [x.double() for x in self.student], [x.double() for x in self.teacher], self.mask
         )
 
+    def contiguous(self) -> Inputs:
+        """The same values without the strides that a model leaves."""
+        return Inputs(
+            [x.contiguous() for x in self.student],
+            [x.contiguous() for x in self.teacher],
+            self.mask,
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
