@@ -31,7 +31,7 @@ def why_not_compiled(case: Case, device: torch.device, mode: str) -> str | None:
     """Why who has to be compiled for a case is left out of it, or None."""
     if case.importance > 1:
         return "compiled for the most important cases only"
-    # Eight graphs a case are most of what it costs on a GPU, where ten minutes have to do.
+    # They would be twice the graphs, most of what a case costs on a GPU, where ten minutes have to do.
     if device.type == "cuda" and mode == "fwd":
         return "compiled with gradients only"
     return None

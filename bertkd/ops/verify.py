@@ -41,9 +41,7 @@ class Sizes(NamedTuple):
     widths: tuple[int, int] = (64, 64)  # student, teacher: head width, hidden width or classes
     vocabulary: int = 1000
     bias: bool = True  # whether projections and decoders have one
-    masked: bool = (
-        True  # whether attention has keys that do not count; rows have weights in any case
-    )
+    masked: bool = True  # whether attention has a mask of keys; rows have weights anyway
 
 
 class Comparison(NamedTuple):

@@ -35,7 +35,7 @@ def scale_(xs: Sequence[Tensor], factor: Tensor) -> None:
         first = xs[group[0]]
         with guard(first):
             blocks = cdiv(first.numel(), BLOCK)
-            # The tensors of a launch share the GPU: at most 8 programs a multiprocessor, whatever their number.
+            # The tensors share the GPU: about 8 programs a multiprocessor among them, and one of each at least.
             programs = resident_programs(blocks, len(group), first)
             pointers = tuple(xs[index] for index in group)
             scale_kernel[(programs, len(group))](
