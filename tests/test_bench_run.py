@@ -222,17 +222,19 @@ def test_flex_attention_stays_compiled_however_many_cases_there_are(monkeypatch)
     monkeypatch.setattr(torch, "compile", compiler)
     monkeypatch.setattr(flex, "_attention", flex._attention.__wrapped__)
     monkeypatch.setattr(flex, "why_not", lambda *_: None)
-    # The graphs of one case: of both networks, of the part that is verified and of the whole.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
+    limit = torch._dynamo.config.patch  # not monkeypatch, which takes such an option away for good
     settings = op_cases.Settings(CPU, Selection({"mode": ("fwd",)}), ("eager", "flex"), rounds=3)
     found = []
-    for length in (40, 56):
-        case = attention("relation_kl", (2, 3, length, 16), "float32")
-        found += [row.status for row in op_cases.run_case(case, settings) if row.impl == "flex"]
+    with limit(
+        recompile_limit=4
+    ):  # of both networks, of the part that is verified and of the whole
+        for length in (40, 56):
+            case = attention("relation_kl", (2, 3, length, 16), "float32")
+            found += [row.status for row in op_cases.run_case(case, settings) if row.impl == "flex"]
     assert found == ["ok"] * 4
     # More than PyTorch keeps is an error, not a time of code that makes maps after all.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    time, *_ = (row for row in op_cases.run_case(case, settings) if row.impl == "flex")
+    with limit(recompile_limit=2):
+        time, *_ = (row for row in op_cases.run_case(case, settings) if row.impl == "flex")
     assert (time.status, time.p50) == ("error", None)
 
 
