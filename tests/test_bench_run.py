@@ -225,9 +225,8 @@ def test_flex_attention_stays_compiled_however_many_cases_there_are(monkeypatch)
     limit = torch._dynamo.config.patch  # not monkeypatch, which takes such an option away for good
     settings = op_cases.Settings(CPU, Selection({"mode": ("fwd",)}), ("eager", "flex"), rounds=3)
     found = []
-    with limit(
-        recompile_limit=4
-    ):  # of both networks, of the part that is verified and of the whole
+    # The graphs of one case: of both networks, of the part that is verified and of the whole.
+    with limit(recompile_limit=4):
         for length in (40, 56):
             case = attention("relation_kl", (2, 3, length, 16), "float32")
             found += [row.status for row in op_cases.run_case(case, settings) if row.impl == "flex"]
