@@ -56,13 +56,17 @@ def sources(tmp_path):
     return made, root, tmp_path / "calls"
 
 
-@pytest.mark.parametrize("ninja", [True, False])
-def test_any_path_is_compiled_with_ninja_and_without(ninja, sources, monkeypatch):
-    made, root, calls = sources
-    found = compiling.shutil.which("ninja")
-    if ninja and not found:
+@pytest.fixture(params=["ninja", "no ninja"])
+def with_or_without_ninja(request, monkeypatch):
+    found = compiling.shutil.which("ninja") if request.param == "ninja" else None
+    if request.param == "ninja" and not found:
         pytest.skip("there is no ninja")
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: found if ninja else None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: found)
+
+
+@pytest.mark.usefixtures("with_or_without_ninja")
+def test_any_path_is_compiled_with_ninja_and_without(sources):
+    made, root, calls = sources
     compiling.build(made, root, root / "build", root / "bertkd" / "_C.so")
     assert (root / "bertkd" / "_C.so").exists()
     # This plan has no instruction set, as on a processor that is no x86.
@@ -70,13 +74,9 @@ def test_any_path_is_compiled_with_ninja_and_without(ninja, sources, monkeypatch
     assert "avx2" not in calls.read_text()
 
 
-@pytest.mark.parametrize("ninja", [True, False])
-def test_a_relative_compiler_is_one_from_here(ninja, sources, monkeypatch):
+@pytest.mark.usefixtures("with_or_without_ninja")
+def test_a_relative_compiler_is_one_from_here(sources, monkeypatch):
     made, root, _ = sources
-    found = compiling.shutil.which("ninja")
-    if ninja and not found:
-        pytest.skip("there is no ninja")
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: found if ninja else None)
     monkeypatch.chdir(Path(made.cxx[0]).parent)
     made.cxx = ["./c++"]
     compiling.build(made, root, root / "build", root / "bertkd" / "_C.so")

@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 from bertkd.bench.cases import Case
 from bertkd.bench.children import pack
-from bertkd.bench.contestants import MODES, OURS, applies
+from bertkd.bench.contestants import MODES, OURS
 from bertkd.bench.environment import find_device
-from bertkd.bench.runner import all_cases
+from bertkd.bench.runner import all_cases, asked_for
 from bertkd.bench.selection import known_values, parse_selection
-from bertkd.bench.step_models import PAIRS
 from bertkd.bench.summary import number
 from bertkd.bench.timing import spread
 
@@ -107,10 +106,7 @@ def main(words: Sequence[str]) -> int:
         (case, impl, mode)
         for case in cases
         if selection.takes(case) and not case.processes
-        for impl in OURS
-        for mode in (("step",) if case.op in PAIRS else MODES)
-        if selection.allows("impl", impl) and selection.allows("mode", mode)
-        if mode == "step" or applies(impl, case.op, mode)
+        for impl, mode in asked_for(case, selection, OURS)
     ]
     if not jobs:
         raise ValueError(f"select={args.select!r} leaves nothing to compare.")

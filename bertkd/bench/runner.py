@@ -71,16 +71,19 @@ def plan(options: Options) -> Job:
 
 def _has_anybody(case: Case, selection: Selection) -> bool:
     """Whether a contestant and a mode of the case are asked for; else eager would be timed and told to nobody."""
-    if case.op in PAIRS:
-        wanted = any(selection.allows("impl", impl) for impl in CONTESTANTS)
-        return wanted and selection.allows("mode", "step")
-    return any(
-        selection.allows("impl", impl)
-        and selection.allows("mode", mode)
-        and applies(impl, case.op, mode)
-        for impl in IMPLS
-        for mode in MODES
-    )
+    return bool(asked_for(case, selection, CONTESTANTS if case.op in PAIRS else IMPLS))
+
+
+def asked_for(case: Case, selection: Selection, impls: Sequence[str]) -> list[tuple[str, str]]:
+    """Contestants among ``impls`` that a case has and a selection allows, each with a mode."""
+    is_step = case.op in PAIRS
+    return [
+        (impl, mode)
+        for impl in impls
+        for mode in (("step",) if is_step else MODES)
+        if selection.allows("impl", impl) and selection.allows("mode", mode)
+        if is_step or applies(impl, case.op, mode)
+    ]
 
 
 def all_cases(device: str) -> list[Case]:
