@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -77,22 +78,26 @@ def relation_kl(
     """
     op = "relation_kl"
     check_options(op, reduction, temperature)
-    option = {} if min_prob is None else {"min_prob": min_prob}
-    loss = _attention_loss(
+    compared = _compare(
         op,
-        reference.relation_kl_rows,
         {"a_s": a_s, "b_s": b_s, "a_t": a_t, "b_t": b_t},
         mask,
-        (scale_s, scale_t),
+        {"scale_s": scale_s, "scale_t": scale_t},
         relation_heads,
         temperature=temperature,
         row_weight=row_weight,
         count_pads=count_pads,
-        per_pair=False,
         reduction=reduction,
-        impl=impl,
-        eager_option=option,
     )
+    impl = requested(impl, None if min_prob is None else "min_prob")
+    divisor = compared.rows * compared.heads if reduction == "mean" else None
+    if impl == "eager":
+        rows = partial(reference.relation_kl_rows, min_prob=min_prob)
+        loss = _by_definition(rows, compared, divisor, reduction)
+    else:
+        # A relation of one tensor with itself has symmetric scores, and one gradient.
+        name = "self_relation_kl" if compared.of_itself else op
+        loss = _fused(name, impl, compared, divisor, reduction)
     return loss * temperature**2 if t_squared else loss
 
 
@@ -156,41 +161,70 @@ def attention_mse(
     """
     op = "attention_mse"
     check_options(op, reduction)
-    return _attention_loss(
+    compared = _compare(
         op,
-        reference.attention_mse_rows,
         {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t},
         mask,
-        (scale_s, scale_t),
+        {"scale_s": scale_s, "scale_t": scale_t},
         relation_heads,
-        temperature=1.0,
         row_weight=row_weight,
         count_pads=count_pads,
-        per_pair=True,
         reduction=reduction,
-        impl=impl,
-        eager_option={} if min_score is None else {"min_score": min_score},
     )
+    impl = requested(impl, None if min_score is None else "min_score")
+    keys = _key_count(compared, count_pads)
+    divisor = None
+    if reduction == "mean":
+        counted = compared.mask is not None and not count_pads
+        pairs = keys * (keys if counted else float(compared.weight.shape[2]))
+        divisor = pairs.sum().clamp_min(1.0) * compared.heads
+    if impl == "eager":
+        rows = partial(reference.attention_mse_rows, min_score=min_score)
+        loss = _by_definition(rows, compared, divisor, reduction)
+    else:
+        loss = _fused(op, impl, compared, divisor, reduction)
+    return loss / keys.clamp_min(1.0)[:, None, None] if reduction == "none" else loss
 
 
-def _attention_loss(
+class _Compared(NamedTuple):
+    """What an attention loss compares: checked blocks with their heads re-split, and the rows that count.
+
+    Attributes:
+        blocks: of equal shapes, the teacher cut off from the graph.
+        of_itself: whether every relation is of one tensor with itself, on both sides.
+        mask: boolean (B, L), or None.
+        scale_s, scale_t: factors on the scores, the temperature's among them.
+        weight: of the rows, (B, H, L).
+        rows: how many of one head's count, a 0-d tensor.
+    """
+
+    blocks: list[Block]
+    of_itself: bool
+    mask: Tensor | None
+    scale_s: float
+    scale_t: float
+    weight: Tensor
+    rows: Tensor
+
+    @property
+    def heads(self) -> int:
+        return self.weight.shape[1]
+
+
+def _compare(
     op: str,
-    eager_rows: Callable[..., Tensor],
     tensors: dict[str, Blocks],
     mask: Tensor | None,
-    scales: tuple[float | None, float | None],
+    scales: dict[str, float | None],
     relation_heads: int | None,
     *,
-    temperature: float,
+    temperature: float = 1.0,
     row_weight: Tensor | None,
     count_pads: bool,
-    per_pair: bool,
     reduction: str,
-    impl: str,
-    eager_option: dict[str, float],
-) -> Tensor:
-    """Checks, head re-split, choice of implementation and reduction of both attention ops."""
-    for name, scale in zip(("scale_s", "scale_t"), scales, strict=True):
+) -> _Compared:
+    """Check what both attention losses are given and bring it into the form that their implementations take."""
+    for name, scale in scales.items():
         if scale is not None:
             check_number(op, name, scale)
     given = _blocks(op, tensors)
@@ -198,50 +232,47 @@ def _attention_loss(
         raise ValueError(
             f"{op}: reduction='none' takes one block per call, got {len(given)}. Call once per block."
         )
-    # A relation of one tensor with itself has symmetric scores, and one gradient.
-    of_itself = op == "relation_kl" and all(
-        a_s is b_s and a_t is b_t for a_s, b_s, a_t, b_t in given
-    )
+    of_itself = all(a_s is b_s and a_t is b_t for a_s, b_s, a_t, b_t in given)
     blocks = [_heads(op, block, relation_heads) for block in given]
     a_s, _, a_t, _ = blocks[0]
     batch, heads, length, _ = a_s.shape
-    rows = (batch, length)
-    mask = as_mask(op, mask, a_s, rows)
+    mask = as_mask(op, mask, a_s, (batch, length))
     scale_s, scale_t = (
         (x.shape[-1] ** -0.5 if scale is None else scale) / temperature
-        for scale, x in zip(scales, (a_s, a_t), strict=True)
+        for scale, x in zip(scales.values(), (a_s, a_t), strict=True)
     )
     dtype = reference.compute_dtype(*(x for block in blocks for x in block))
-    impl = requested(impl, next(iter(eager_option), None))
+    counted = None if count_pads else mask
     weight, count = row_weights(
-        op, rows, None if count_pads else mask, row_weight, dtype=dtype, device=a_s.device
+        op, (batch, length), counted, row_weight, dtype=dtype, device=a_s.device
     )
     weight = weight[:, None, :].expand(batch, heads, length)
-    keys = _key_count(mask, count_pads, rows, weight) if per_pair else None
+    return _Compared(blocks, of_itself, mask, scale_s, scale_t, weight, count)
 
-    if keys is None:
-        divisor: Tensor | None = count * heads
-    else:
-        pairs = keys * (keys if mask is not None and not count_pads else float(length))
-        divisor = pairs.sum().clamp_min(1.0) * heads
-    divisor = None if reduction != "mean" else divisor
 
-    if impl != "eager":
-        name = "self_relation_kl" if of_itself else op
-        calls = [(*block[:: 1 + of_itself], mask, scale_s, scale_t) for block in blocks]
-        wrt = range(2 - of_itself)
-        if reduction != "none":
-            return total_loss(name, impl, weight, calls, wrt, divisor)
-        loss = row_loss(name, impl, weight, calls[0], wrt)
-    else:
-        every = [
-            eager_rows(*block, mask, scale_s=scale_s, scale_t=scale_t, **eager_option)
-            for block in blocks
-        ]
-        loss = weight * (every[0] if len(every) == 1 else torch.stack(every).sum(0))
+def _by_definition(
+    rows: Callable[..., Tensor], compared: _Compared, divisor: Tensor | None, reduction: str
+) -> Tensor:
+    """The loss as the reference computes its rows, maps and all; the weighted rows for ``reduction="none"``."""
+    _, _, mask, scale_s, scale_t, weight, _ = compared
+    every = [rows(*block, mask, scale_s=scale_s, scale_t=scale_t) for block in compared.blocks]
+    loss = weight * (every[0] if len(every) == 1 else torch.stack(every).sum(0))
     if reduction == "none":
-        return loss if keys is None else loss / keys.clamp_min(1.0)[:, None, None]
+        return loss
     return loss.sum() if divisor is None else loss.sum() / divisor
+
+
+def _fused(
+    op: str, impl: str, compared: _Compared, divisor: Tensor | None, reduction: str
+) -> Tensor:
+    """The same by an op of ``ops.schema``."""
+    blocks, _, mask, scale_s, scale_t, weight, _ = compared
+    of_itself = op == "self_relation_kl"
+    calls = [(*block[:: 1 + of_itself], mask, scale_s, scale_t) for block in blocks]
+    wrt = range(2 - of_itself)
+    if reduction == "none":
+        return row_loss(op, impl, weight, calls[0], wrt)
+    return total_loss(op, impl, weight, calls, wrt, divisor)
 
 
 def _blocks(op: str, tensors: dict[str, Blocks]) -> list[Block]:
@@ -280,10 +311,9 @@ def _heads(op: str, block: Block, relation_heads: int | None) -> Block:
     return a_s, b_s, a_t, b_t
 
 
-def _key_count(
-    mask: Tensor | None, count_pads: bool, rows: tuple[int, int], like: Tensor
-) -> Tensor:
+def _key_count(compared: _Compared, count_pads: bool) -> Tensor:
     """Keys that count for every sequence, (B,)."""
+    mask, weight = compared.mask, compared.weight
     if mask is None or count_pads:
-        return like.new_full((rows[0],), float(rows[1]))
-    return mask.sum(1).to(like.dtype)
+        return weight.new_full((weight.shape[0],), float(weight.shape[2]))
+    return mask.sum(1).to(weight.dtype)
