@@ -3,7 +3,13 @@
 import statistics
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).parent.parent
+
+# The one version of Triton that torch's builds for CUDA depend on, by the version of torch. A constraint without room
+# for it leaves pip without a solution wherever torch comes with CUDA, which is on most machines.
+TRITON_OF_TORCH = {"2.13.0": "3.7.1"}
 
 
 def test_kernels_is_no_package_and_reaches_the_package_by_a_link():
@@ -19,6 +25,18 @@ def test_source_files_stay_short():
     lengths = {p: len(p.read_text().splitlines()) for p in files}
     assert not [p.name for p, length in lengths.items() if length > 400]
     assert statistics.median(lengths.values()) < 150
+
+
+def test_the_constraints_suit_every_build_of_torch_and_every_python():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    wanted = [Requirement(line) for line in lines if not line.startswith("#")]
+    found = {each.name: each for each in wanted}
+    (torch,) = found["torch"].specifier
+    assert found["triton"].specifier.contains(TRITON_OF_TORCH[torch.version])
+    # What has left Python 3.10 behind must not be asked for there.
+    left_behind = {"numpy", "scipy", "scikit-learn", "matplotlib", "transformers"}
+    old = {"python_version": "3.10"}
+    assert not {name for name in left_behind if not (m := found[name].marker) or m.evaluate(old)}
 
 
 def test_public_names_have_docstrings():
