@@ -199,6 +199,16 @@ def test_a_check_has_pads_rows_without_weight_and_its_tensors_own_dtypes():
     assert verify.relative_error(torch.full((4,), 0.5), torch.zeros(4)) == 1.0
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_of_many_sequences_one_is_of_pads_only(batch):
+    """`bertkd tune` times kernels on such a case: hardly anything but pads would say nothing."""
+    sizes = verify.Sizes(batch, length=10, widths=(4, 4))
+    weight, *_, mask, _, _ = verify.random_case("relation_kl", [torch.float32] * 4, sizes, "cpu")
+    want = [10, 5, 10, 5, 10, 5, 10, 0] if batch == 8 else [10, 5, 0][:batch]
+    assert mask.sum(1).tolist() == want
+    assert (weight[:, 0] > 0).sum(1).tolist() == want
+
+
 def test_no_gradient_is_made_where_nobody_wants_one(monkeypatch):
     def wrong(*_):
         raise AssertionError("gradients were computed")

@@ -62,7 +62,7 @@ class Comparison(NamedTuple):
 def random_case(
     op: str, dtypes: Sequence[torch.dtype], sizes: Sizes, device: torch.device | str, seed: int = 0
 ) -> list[Any]:
-    """Arguments of ``<op>_fwd_bwd`` with ragged masks, a sequence of pads only, and rows of weight 0.
+    """Arguments of ``<op>_fwd_bwd``: whole and half sequences in turn, of three or more the last of pads only.
 
     Args:
         op: stem of the op, e.g. ``"relation_kl"``.
@@ -91,7 +91,9 @@ def random_case(
         # As they come out of a model: (B, L, H, D) seen as (B, H, L, D).
         return tensor(dtype, batch, length, heads, width).transpose(1, 2)
 
-    lengths = [length, max(1, length // 2), *[0] * (batch - 2)][:batch]
+    lengths = [length if i % 2 == 0 else max(1, length // 2) for i in range(batch)]
+    if batch > 2:
+        lengths[-1] = 0
     positions = torch.arange(length, device="cpu")
     mask = torch.stack([positions < n for n in lengths])
     rows = mask[:, None].expand(-1, heads, -1) * torch.rand(
