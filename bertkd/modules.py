@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bertkd import functional
 from bertkd.errors import unknown_name, whole_number
-from bertkd.ops.checks import check_number, check_options
+from bertkd.ops.checks import check_clamps, check_number, check_options
 from bertkd.ops.dispatch import requested
 
 # Losses that hand their options on.
@@ -33,6 +33,7 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
     for option in ("scale_s", "scale_t"):
         if options.get(option) is not None:
             check_number(name, option, options[option])
+    check_clamps(name, options.get("min_prob"), options.get("min_score"))
     if options.get("relation_heads") is not None:
         whole_number(f"{name}: relation_heads", options["relation_heads"], least=1)
     if "impl" in options:

@@ -124,6 +124,23 @@ H = torch.randn(2, 6, 8)
             "w_s .* does not take h_s of width 8",
         ),
         (lambda: functional.linear_kl(H, torch.ones(5, 8), H, torch.ones(6, 8)), "one vocabulary"),
+        (lambda: functional.linear_kl(H, H[0, :0], H, H[0, :0]), "w_s and w_t have no rows"),
+        (
+            lambda: functional.attention_kl(Q, Q, Q, Q, min_prob=2.0),
+            r"relation_kl: min_prob must lie between 0 and 1, got 2\.0",
+        ),
+        (
+            lambda: functional.attention_kl(Q, Q, Q, Q, min_prob="1e-7"),
+            "min_prob must be a number, got str",
+        ),
+        (
+            lambda: functional.attention_mse(Q, Q, Q, Q, min_score=True),
+            "attention_mse: min_score must be a number, got bool",
+        ),
+        (
+            lambda: functional.hidden_mse(H[0], H[0], row_weight=torch.ones(3)),
+            r"row_weight must have shape \(6,\), got \(3,\)",
+        ),
         (lambda: modules.HiddenMSE(4, 8, project=False), "needs equal widths"),
         (lambda: modules.HiddenMSE(4, 8, project="yes"), "project must be True, False or 'auto'"),
     ],

@@ -221,3 +221,10 @@ def test_a_batch_of_upstream_gradients():
     )
     (one,) = torch.autograd.grad(functional.softmax_kl(z_s, z_t), z_s)
     torch.testing.assert_close(got, factors.view(3, 1, 1) * one)
+
+
+def test_a_single_row_takes_a_mask_and_a_weight_without_dimensions():
+    z_s, z_t = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    real, two = torch.tensor(True), torch.tensor(2.0)
+    loss = functional.softmax_kl(z_s, z_t, real, row_weight=two)
+    torch.testing.assert_close(loss, 2 * functional.softmax_kl(z_s, z_t))

@@ -61,6 +61,8 @@ from bertkd import modules
             ValueError,
             "does not implement min_prob",
         ),
+        (lambda: modules.AttentionKL(min_prob=0.0), ValueError, "AttentionKL: min_prob must lie"),
+        (lambda: modules.AttentionMSE(min_score="x"), TypeError, "min_score must be a number"),
         (
             lambda: modules.AttentionMSE(min_score=-1e2, impl="chunked"),
             ValueError,

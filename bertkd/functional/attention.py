@@ -13,6 +13,7 @@ from bertkd import reference
 from bertkd.ops.autograd import row_loss, total_loss
 from bertkd.ops.checks import (
     check_attention,
+    check_clamps,
     check_number,
     check_options,
     check_tensors,
@@ -78,6 +79,7 @@ def relation_kl(
     """
     op = "relation_kl"
     check_options(op, reduction, temperature)
+    check_clamps(op, min_prob=min_prob)
     compared = _compare(
         op,
         {"a_s": a_s, "b_s": b_s, "a_t": a_t, "b_t": b_t},
@@ -161,6 +163,7 @@ def attention_mse(
     """
     op = "attention_mse"
     check_options(op, reduction)
+    check_clamps(op, min_score=min_score)
     compared = _compare(
         op,
         {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t},

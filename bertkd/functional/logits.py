@@ -130,6 +130,10 @@ def linear_kl(
         raise ValueError(
             f"{op}: w_s has {vocabulary} rows and w_t {w_t.shape[0]}: both decoders need one vocabulary."
         )
+    if vocabulary == 0:
+        raise ValueError(
+            f"{op}: w_s and w_t have no rows; decoder weights are (V, d), V at least 1."
+        )
     for name, bias in (("bias_s", bias_s), ("bias_t", bias_t)):
         check_bias(op, name, bias, vocabulary, h_s.device)
     h_t, w_t = h_t.detach(), w_t.detach()

@@ -110,6 +110,15 @@ def check_number(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} must be finite, got {value}.")
 
 
+def check_clamps(op: str, min_prob: float | None = None, min_score: float | None = None) -> None:
+    """Refuse a clamp of the released code that is no finite number, or of probabilities none between 0 and 1."""
+    for name, value in (("min_prob", min_prob), ("min_score", min_score)):
+        if value is not None:
+            check_number(op, name, value)
+    if min_prob is not None and not 0 < min_prob < 1:
+        raise ValueError(f"{op}: min_prob must lie between 0 and 1, got {min_prob}.")
+
+
 def check_attention(op: str, **sides: tuple[Tensor, Tensor]) -> None:
     """Refuse (a, b) pairs that disagree in shape, or student and teacher that cannot be compared.
 

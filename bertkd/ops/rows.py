@@ -51,11 +51,12 @@ def row_weights(
     if row_weight is not None:
         if not isinstance(row_weight, Tensor):
             raise TypeError(f"{op}: row_weight must be a tensor, got {type(row_weight).__name__}.")
-        if tuple(row_weight.shape) != rows[: row_weight.dim()] or row_weight.dim() == 0:
+        if tuple(row_weight.shape) != rows[: row_weight.dim()] or (rows and row_weight.dim() == 0):
+            wanted = " or ".join(map(str, dict.fromkeys((rows, rows[:1]))))
             raise ValueError(
-                f"{op}: row_weight must have shape {rows} or {rows[:1]}, got {tuple(row_weight.shape)}."
+                f"{op}: row_weight must have shape {wanted}, got {tuple(row_weight.shape)}."
             )
         check_device(op, "row_weight", row_weight, device)
         extra = len(rows) - row_weight.dim()
-        weight = weight * row_weight.detach().to(dtype).reshape(*row_weight.shape, *[1] * extra)
+        weight = weight * row_weight.detach().to(dtype).reshape((*row_weight.shape, *[1] * extra))
     return weight, count
