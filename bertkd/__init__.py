@@ -42,11 +42,13 @@ if TYPE_CHECKING:
     from bertkd.student import create_student
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'bertkd' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    return module if _LAZY[name].endswith(f".{name}") else getattr(module, name)
+if not TYPE_CHECKING:  # to whom it would mean that there is every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'bertkd' has no attribute {name!r}")
+        module = importlib.import_module(_LAZY[name])
+        return module if _LAZY[name].endswith(f".{name}") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -172,7 +172,7 @@ class HiddenMSE(_Loss):
             )
         self.projection = nn.Linear(width_s, width_t, bias=bias) if needed else None
 
-    def forward(self, *tensors: Tensor, **options: Any) -> Tensor:
+    def forward(self, *tensors: Any, **options: Any) -> Tensor:
         """Loss of states (..., d_s) and (..., d_t) under a mask (...,): ``h_s, h_t, mask=None``."""
         if self.projection is not None:
             options = {"weight": self.projection.weight, "bias": self.projection.bias, **options}

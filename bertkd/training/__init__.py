@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from bertkd.training.supervised import Supervised
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'bertkd.training' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"bertkd.training.{_LAZY[name]}"), name)
+if not TYPE_CHECKING:  # to whom it would mean that there is every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'bertkd.training' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"bertkd.training.{_LAZY[name]}"), name)
