@@ -183,6 +183,13 @@ def test_hub_corpus_is_streamed(monkeypatch):
     assert list(corpus.texts()) == list(corpus.texts()) == ["one", "two"]
     with pytest.raises(ValueError, match="text_column='text': hub:owner/name has no such column"):
         open_corpus("hub:owner/name")
+    with pytest.raises(ValueError, match="corpus hub:: name a data set of the hub"):
+        open_corpus("hub:")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {}["offline"])
+    with pytest.raises(
+        OSError, match=r"cannot load owner/name from the hub \(KeyError: 'offline'\)"
+    ):
+        open_corpus("hub:owner/name")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
         open_corpus("hub:owner/name")

@@ -10,7 +10,7 @@ from pathlib import Path
 from bertkd.data.doc_splits import split_by_module
 from bertkd.data.docstring_cache import read_docstrings
 from bertkd.data.files import FORMATS
-from bertkd.data.hub import import_datasets
+from bertkd.data.hub import load_from_hub
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def open_corpus(
     Raises:
         FileNotFoundError: no such file, or a directory without ``.txt`` files.
         ModuleNotFoundError: a hub data set is asked for and ``datasets`` is not installed.
-        ValueError: the hub data set has no such column, or the file is a table of columns; when
+        OSError: the hub data set cannot be loaded.
+        ValueError: no hub data set is named, it has no such column, or the file is a table of columns; when
             read, a file that is not UTF-8.
     """
     name = os.fspath(source)
@@ -79,7 +80,9 @@ def open_corpus(
         return Corpus(f"pydocs of {', '.join(sources)}", lambda: texts)
     if name.startswith("hub:"):
         path, _, config = name.removeprefix("hub:").partition(":")
-        data = import_datasets().load_dataset(path, config or None, split="train", streaming=True)
+        if not path:
+            raise ValueError(f"corpus {name}: name a data set of the hub, 'hub:<owner>/<name>'")
+        data = load_from_hub(path, config or None, split="train", streaming=True)
         columns = data.column_names
         if columns is not None and text_column not in columns:
             raise ValueError(
