@@ -106,6 +106,9 @@ def test_unknown_recipes_are_refused(tmp_path):
         Recipe.load("mnlli")
     with pytest.raises(ValueError, match="no such recipe file"):
         Recipe.load(tmp_path / "none.yaml")
+    (tmp_path / "recipe.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"recipe\.yaml is not YAML: .*utf-8"):
+        Recipe.load(tmp_path / "recipe.yaml")
 
 
 def test_every_stage_is_shared_and_can_be_overridden(tmp_path):
@@ -157,6 +160,8 @@ def test_a_stage_survives_json():
 def test_a_stage_made_in_python_is_as_strict(values, message):
     with pytest.raises(ValueError, match=message):
         Stage(**{"objective": "kd", "steps": 3} | values)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        Recipe(stages=(Stage(objective="kd", steps=3),), seed=-1)
     with pytest.raises(ValueError, match=r"seed: expected int, got 1\.5"):
         Recipe(stages=(Stage(objective="kd", steps=3),), seed=1.5)
 

@@ -42,6 +42,11 @@ def test_the_fused_step_is_left_out_where_a_scaler_must_skip_it():
         assert build_optimizer(FakeDistiller(), stage).defaults["fused"] is fused
 
 
+def test_an_unknown_precision_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"unknown precision 'no'\. Known: bf16, fp16, fp32"):
+        make_accelerator("no")
+
+
 def fp16(initial=2.0**10):
     """What Accelerate does for fp16, on the CPU: everything but the dtype of the forward."""
     accelerator = make_accelerator()

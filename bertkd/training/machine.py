@@ -61,10 +61,12 @@ def make_accelerator(
         logging_dir: where trackers that write files put them.
 
     Raises:
-        ValueError: an unknown tracker, or fp16 without a GPU.
+        ValueError: an unknown precision or tracker, or fp16 without a GPU.
         ImportError: a tracker that is not installed.
     """
     this_process()
+    if precision not in _PRECISION:
+        raise unknown_name("precision", precision, _PRECISION)
     mixed_precision = _PRECISION[precision]
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") != mixed_precision:

@@ -187,6 +187,8 @@ class Recipe:
         if len(set(names)) < len(names):
             raise ValueError(f"each stage needs a name of its own, got {', '.join(names)}")
         _positive("max_length", self.max_length)
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
@@ -206,7 +208,7 @@ class Recipe:
             raise ValueError(f"no such recipe file: {path}")
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         return cls.from_dict(values, where=path.name)
 
