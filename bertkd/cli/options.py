@@ -47,8 +47,8 @@ class StageOptions:
     """Training (what is not given comes from the recipe)
 
     Attributes:
-        steps: Optimiser updates; replaces epochs.
-        epochs: Passes over the data; replaces steps.
+        steps: Optimiser updates; replaces the recipe's epochs.
+        epochs: Passes over the data; replaces the recipe's steps.
         batch_size: Examples per update.
         accumulate: Micro-batches per update; more of them need less memory.
         lr: Peak learning rate.
