@@ -44,7 +44,8 @@ class Capture:
     Raises:
         TypeError: the model is no Hugging Face model, or an index no integer.
         UnsupportedEncoderError: the architecture's attention cannot be captured.
-        ValueError: an index is out of range, or the model is in ``nn.DataParallel``.
+        ValueError: an index is out of range, ``parts`` names none of q, k and v, or something else, or the model is
+            in ``nn.DataParallel``.
     """
 
     def __init__(

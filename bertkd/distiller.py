@@ -268,6 +268,7 @@ class Distiller(nn.Module):
         """Layer maps, weights, parameter counts and bytes per term; ``print`` it for a table.
 
         Raises:
+            TypeError: a size that is no whole number.
             ValueError: a size that is not positive, or a length without positions.
         """
         attention = self._attention_of(self.teacher), self._attention_of(self.student)
