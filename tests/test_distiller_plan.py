@@ -27,7 +27,7 @@ def test_plan_counts_parameters_and_bytes():
     assert plan.student_parameters == sum(p.numel() for p in student.parameters())
     assert plan.objective_parameters == 2 * (16 * 32 + 32)
     assert [t.weight for t in plan.terms] == [1.0, 0.5, 1.0]
-    assert [t.layer_map for t in plan.terms] == ["0:1,1:3", "1:2,2:4", "1:3"]
+    assert [t.layer_map for t in plan.terms] == ["0:1,1:3", "1:2,2:4", "1:3 in 2 heads"]
     one_map = 4 * 2 * 4 * 10 * 10  # float32, batch, heads, length squared
     att_kl, hid_seq, _ = plan.terms
     assert att_kl.naive_bytes == (4 + 2) * one_map + 2 * 2 * one_map

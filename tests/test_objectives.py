@@ -122,7 +122,7 @@ def test_qkv_kl_blocks_can_be_chosen_and_heads_may_differ():
 
 
 @pytest.mark.parametrize(
-    ("widths", "heads"), [((384, 768), 48), ((384, 1024), 32), ((768, 1024), 64)]
+    ("widths", "heads"), [((384, 768), 48), ((384, 1024), 64), ((768, 1024), 64), ((256, 1024), 32)]
 )
 def test_default_relation_heads_are_the_sources(widths, heads):
     from bertkd.encoders import EncoderSpec

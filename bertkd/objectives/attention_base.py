@@ -82,6 +82,11 @@ class AttentionTerm(MappedTerm):
             raise ValueError(f"{option} exists in impl='eager' only, got impl={impl!r}; drop one")
         self.impl = "eager"
 
+    def map_text(self) -> str:
+        """The pairs, and the relation heads where heads are split anew."""
+        text = super().map_text()
+        return text if self.relation_heads is None else f"{text} in {self.relation_heads} heads"
+
     @property
     def map_heads(self) -> int:
         """Maps per example and block."""
@@ -138,9 +143,12 @@ def check_heads(
 
 
 def default_relation_heads(student: Side, teacher: Side) -> int:
-    """Most relation heads with 16 teacher and 8 student channels each: 48 for base, 64 for large."""
+    """Most relation heads with 16 teacher and 6 student channels each: 48 for base, 64 for large.
+
+    Six, as a student of width 384 has them in the source where it learns from a large teacher.
+    """
     ours, theirs = student.width, teacher.width
-    most = max(1, min(theirs // 16, ours // 8))
+    most = max(1, min(theirs // 16, ours // 6))
     return next(n for n in range(most, 0, -1) if ours % n == 0 and theirs % n == 0)
 
 

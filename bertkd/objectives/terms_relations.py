@@ -67,9 +67,9 @@ class QKVKL(RelationTerm):
     """Sum of the KLs of the q-q, k-k and v-v relations of one student and one teacher block.
 
     Heads are joined and split into ``relation_heads`` on both sides, so head counts may differ;
-    "auto" takes 48 for base and 64 for large models as the source does. Blocks are the last ones
-    unless given. Source: MiniLMv2 (Wang et al. 2021). ``@released``: the models' own heads, no mask,
-    pad rows counted.
+    "auto" takes 48 for base and 64 for large teachers as the source does, fewer where these do not
+    divide both widths; the plan says how many. Blocks are the last ones unless given. Source: MiniLMv2
+    (Wang et al. 2021). ``@released``: the models' own heads, no mask, pad rows counted.
     """
 
     kind: ClassVar[str] = "qkv_kl"
