@@ -227,7 +227,7 @@ def _layout(config: PretrainedConfig) -> _Layout:
     if name not in _LAYOUTS:
         raise UnsupportedEncoderError(
             f"model type {name!r} is not supported: its attention cannot be captured. "
-            f"Supported: {', '.join(SUPPORTED)}."
+            f"Supported: {', '.join(SUPPORTED)}. The losses in bertkd.functional take tensors of any model."
         )
     if getattr(config, "is_decoder", False):
         raise UnsupportedEncoderError(

@@ -187,7 +187,9 @@ def test_encoders_with_their_own_attention_are_refused(model_type):
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2}
     sizes |= {"num_hidden_layers": 1, "intermediate_size": 16}
     model = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes))
-    with pytest.raises(UnsupportedEncoderError, match=f"{model_type}.*Supported: albert, bert"):
+    with pytest.raises(
+        UnsupportedEncoderError, match=f"{model_type}.*Supported: albert, bert.*functional"
+    ):
         Capture(model, blocks=[0])
 
 

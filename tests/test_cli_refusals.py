@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 from cli_runs import FAST, distill, save_place
 from tiny_task import save_tiny_model
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoConfig, AutoModel
 
 from bertkd.cli.main import main
 from bertkd.training import checkpoint, machine
@@ -122,3 +124,19 @@ def test_fine_tuning_is_not_resumed_from_another_model(place, tmp_path, capsys):
     other = save_tiny_model(tmp_path / "other", initializer_range=0.03)
     assert main(["finetune", "--model", other, *words, "--resume"]) == 1
     assert "settings.model was 'weights " in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_teach_is_fine_tuned_with_a_warning(place, tmp_path, caplog, capsys):
+    words = ["--task", place["task"], "--steps", "1", *FAST]
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("mpnet", **sizes, intermediate_size=16, vocab_size=200)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "mpnet")
+    tiny_tokenizer().save_pretrained(tmp_path / "mpnet")
+    for model, warned in ((str(tmp_path / "mpnet"), True), (place["teacher"], False)):
+        caplog.clear()
+        given = ["--model", model, "--output_dir", str(tmp_path / f"out-{warned}"), "--dry_run"]
+        assert main(["finetune", *given, *words]) == 0
+        assert ("can be fine-tuned, but not distilled: model type 'mpnet'" in caplog.text) == warned
+    given = ["--teacher", str(tmp_path / "mpnet"), "--output_dir", str(tmp_path / "student")]
+    assert main(["distill", *given, *words]) == 2
+    assert "model type 'mpnet' is not supported" in capsys.readouterr().err

@@ -65,6 +65,7 @@ def prepare(config: Config) -> Callable[[], None]:
         ValueError, TypeError, FileNotFoundError: whatever cannot work, by the name of its option.
     """
     from bertkd.compiling import compile_in_place
+    from bertkd.encoders import describe_config
     from bertkd.study.files import check_output_dir
     from bertkd.study.jobs import Job, run_job
     from bertkd.study.models import head_of, load_config, load_model, load_tokenizer, saved_head
@@ -76,6 +77,8 @@ def prepare(config: Config) -> Callable[[], None]:
     recipe = _recipe(config)
     config.check_machine(recipe.stages)
     teacher_config = load_config(config.teacher, "teacher")
+    # Before anyone is told to fine-tune it first.
+    describe_config(teacher_config)
     tokenizer = load_tokenizer(config.teacher, "teacher", teacher_config)
     workload = _workload(config, recipe, tokenizer, teacher_config)
     head = _head(config, workload, head_of(teacher_config))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bertkd.cli.options import RunOptions, StageOptions, TaskOptions, overridden, task_of
 
@@ -62,6 +63,7 @@ def prepare(config: Config) -> Callable[[], None]:
     (stage,) = config.patient([stage])
     labels = label_config(workload.task)
     model = load_model(config.model, "model", "labels", seed=recipe.seed, **labels)
+    _warn_if_it_cannot_teach(config.model, model)
     settings = {"model": identity(model)}
     if config.torch_compile:
         compile_in_place(model)
@@ -85,6 +87,17 @@ def prepare(config: Config) -> Callable[[], None]:
         f"{stage_steps(stage, workload):,} updates of {stage.batch_size} examples"
     )
     return (lambda: None) if config.dry_run else lambda: run_job(job)
+
+
+def _warn_if_it_cannot_teach(name: str, model: Any) -> None:
+    """Say so before the hours of a training, not at the distillation after them."""
+    from bertkd.encoders import describe
+    from bertkd.errors import UnsupportedEncoderError
+
+    try:
+        describe(model)
+    except UnsupportedEncoderError as error:
+        warnings.warn(f"model={name!r} can be fine-tuned, but not distilled: {error}", stacklevel=2)
 
 
 def _recipe(config: Config) -> Recipe:
