@@ -57,7 +57,8 @@ def block_pairs(
     if isinstance(spec, str) and spec in ("skip", "combine"):
         raise ValueError(
             f"layer map {spec!r} is for states only (it uses the embedding output); "
-            f"for blocks use one of {', '.join(BLOCK_MAPS)}, or explicit pairs"
+            f"for blocks use one of {', '.join(BLOCK_MAPS)}, or explicit pairs, and give it to the "
+            f"terms on states alone, e.g. hid_seq(map={spec!r})"
         )
     if isinstance(spec, str) and _is_name(spec):
         return _named_blocks(spec, num_student, num_teacher, generator)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bertkd.objectives import Objective
 
 EXPLANATION = """\
+map:   blocks, 0-based; of terms on states 0 is the embedding output and i + 1 the output of block i;
 naive: kept until the backward by a loss on output_attentions=True / output_hidden_states=True, that
        is float32 maps of B H L^2 of every block and all teacher states (in each term that uses them);
 fused: kept here, that is the teacher's matched q, k, v and states, and gradients of the student's."""

@@ -36,6 +36,7 @@ def test_plan_counts_parameters_and_bytes():
     assert hid_seq.naive_bytes == 2 * 10 * 32 * (5 + 2) * 4
     assert hid_seq.fused_bytes == 2 * 2 * 10 * (32 + 16) * 4
     table = str(plan).splitlines()
+    assert any("of terms on states 0 is the embedding output" in line for line in table)
     assert table[0] == "objective  att_kl + 0.5*hid_seq + qkv_kl"
     assert any(line.split()[:3] == ["hid_seq", "0.5", "1:2,2:4"] for line in table)
     assert max(map(len, table)) <= 110

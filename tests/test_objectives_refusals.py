@@ -47,7 +47,7 @@ def refused(objective, match, *, error=ValueError, teacher=None, student=None, *
         ("distilbert@released", "no @released variant"),
         ("pool@released", "no @released variant"),
         ("att_kl(map='unifrom')", "term att_kl.*Did you mean 'uniform'"),
-        ("att_kl(map='skip')", "for states only"),
+        ("att_kl(map='skip')", "for states only.*hid_seq.map='skip'"),
         ("att_kl(map=[(0, 4)])", "teacher block 4 is out of range"),
         ("att_kl(map=[(2, 3)])", "student block 2 is out of range"),
         ("hid_seq(map=[(0, 5)])", "teacher state 5 is out of range"),
