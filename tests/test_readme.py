@@ -27,7 +27,7 @@ def test_blocks_run(tmp_path, monkeypatch, capsys):
 
 
 # The pages for users; what stands in <angle brackets> or capitals is theirs to fill in.
-PAGES = [README, README.parent / "docs" / "benchmarks.md"]
+PAGES = [README, *(README.parent / "docs" / name for name in ("benchmarks.md", "migrating.md"))]
 SHELL = [
     line.partition("#")[0].strip()
     for page in PAGES
