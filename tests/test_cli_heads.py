@@ -187,3 +187,16 @@ def test_patience_is_for_the_stages_that_are_judged(place, tmp_path, capsys):
     assert json.loads((tmp_path / "tuned" / "results.json").read_text())["steps"] == {"teacher": 4}
     assert distill(place, tmp_path / "none", *labels, "--objective", "att_kl", *words[2:]) == 2
     assert "patience=1 counts evaluations, and no stage is evaluated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["distilbert", "att_kl + kd"])
+def test_logits_on_plain_text_ask_for_masked_words(place, tmp_path, capsys, objective):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the film is good\nthe plot was sad\n" * 20)
+    teacher = save_tiny_model(tmp_path / "mlm", head_cls="mlm")
+    words = ["--text", str(texts), "--objective", objective, "--dry_run"]
+    place = {**place, "teacher": teacher}
+    assert distill(place, tmp_path / "out", *words) == 2
+    assert f"objective='{objective}' has kd" in (error := capsys.readouterr().err)
+    assert "add --masked" in error
+    assert distill(place, tmp_path / "out", *words, "--masked") == 0

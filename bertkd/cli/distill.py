@@ -75,6 +75,7 @@ def prepare(config: Config) -> Callable[[], None]:
     _check_together(config)
     check_output_dir(config.output_dir, "distill", reuse=bool(config.resume))
     recipe = _recipe(config)
+    _check_heads_have_a_use(config, recipe.stages)
     config.check_machine(recipe.stages)
     teacher_config = load_config(config.teacher, "teacher")
     # Before anyone is told to fine-tune it first.
@@ -167,6 +168,20 @@ def _check_together(config: Config) -> None:
                     f"{name}={value!r} {use}, and {other}={getattr(config, other)!r} leaves no use for it; "
                     "leave one of them out."
                 )
+
+
+def _check_heads_have_a_use(config: Config, stages: Sequence[Stage]) -> None:
+    """Refuse terms on logits on plain text, for which both models are loaded without a head."""
+    from bertkd.objectives import read_objective
+
+    if config.text is None or config.masked:
+        return
+    for stage in stages:
+        kinds = [term.kind for term in read_objective(stage.objective).terms]
+        if needing := [kind for kind in ("kd", "ce") if kind in kinds]:
+            raise ValueError(
+                f"objective={stage.objective!r} has {' and '.join(needing)}, which work on masked words: add --masked."
+            )
 
 
 def _recipe(config: Config) -> Recipe:
