@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from tiny_models import tiny_batch, tiny_model
+from transformers import AutoModel
 
+import bertkd
 from bertkd import Capture, Distiller
 from bertkd.objectives.build import read_objective
 from bertkd.training.recipe import Recipe
@@ -50,6 +52,18 @@ def test_objectives_and_recipe_of_the_page_can_be_read():
         read_objective(objective)
     (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
     assert len(Recipe.from_dict(yaml.safe_load(recipe)).stages) == 2
+
+
+def test_a_random_student_has_its_teachers_sizes_and_not_its_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = tiny_model("bert", layers=4, hidden=16)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    block = block.replace("first:6", "first:2").replace("384", "8")
+    exec(block, {"bertkd": bertkd, "AutoModel": AutoModel, "teacher": teacher})
+    student = AutoModel.from_pretrained("runs/random")
+    assert (student.config.num_hidden_layers, student.config.hidden_size) == (2, 8)
+    copied = bertkd.create_student(teacher, "first:2", hidden_size=8).get_input_embeddings()
+    assert not torch.equal(student.get_input_embeddings().weight, copied.weight)
 
 
 def test_textbrewer(case):
