@@ -12,7 +12,10 @@ H = torch.randn(2, 6, 8)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: functional.attention_kl(Q, Q, Q, Q[0]), "b_t must have 4 dimensions"),
+        (
+            lambda: functional.attention_kl(Q, Q, Q, Q[0]),
+            r"b_t must have 4 dimensions.*unflatten\(-1, \(heads, -1\)\)",
+        ),
         (
             lambda: functional.attention_kl(Q, Q.long(), Q, Q),
             "b_s must be floating point, got torch.int64",

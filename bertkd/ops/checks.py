@@ -13,6 +13,11 @@ REDUCTIONS = ("mean", "sum", "none")
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32, torch.float64)
 
+# What a query projection gives is (B, L, H * D).
+_RANK_HINTS = {
+    4: " Pass (B, H, L, D); x.unflatten(-1, (heads, -1)).transpose(1, 2) splits (B, L, H * D) into heads."
+}
+
 
 def check_tensors(op: str, rank: int | None, **tensors: Tensor) -> None:
     """Refuse what is no tensor, integer dtypes, DTensors, a wrong rank (any but 0 for None), a width of 0, and a mix
@@ -32,7 +37,7 @@ def check_tensors(op: str, rank: int | None, **tensors: Tensor) -> None:
             )
         if rank is not None and tensor.dim() != rank:
             raise ValueError(
-                f"{op}: {name} must have {rank} dimensions, got shape {tuple(tensor.shape)}."
+                f"{op}: {name} must have {rank} dimensions, got shape {tuple(tensor.shape)}.{_RANK_HINTS.get(rank, '')}"
             )
         if tensor.dim() == 0 or tensor.shape[-1] == 0:
             raise ValueError(
