@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from bertkd.student import create_student
 
 
-if not TYPE_CHECKING:  # to whom it would mean that there is every name
+if not TYPE_CHECKING:  # a type checker would take it to have every name
 
     def __getattr__(name: str) -> Any:
         if name not in _LAZY:

@@ -14,35 +14,38 @@ H = torch.randn(2, 6, 8)
     [
         (
             lambda: functional.attention_kl(Q, Q, Q, Q[0]),
-            r"b_t must have 4 dimensions.*unflatten\(-1, \(heads, -1\)\)",
+            r"k_t must have 4 dimensions.*unflatten\(-1, \(heads, -1\)\)",
         ),
         (
             lambda: functional.attention_kl(Q, Q.long(), Q, Q),
-            "b_s must be floating point, got torch.int64",
+            "k_s must be floating point, got torch.int64",
         ),
-        (lambda: functional.attention_kl(Q, 1.0, Q, Q), "b_s must be a tensor, got float"),
+        (lambda: functional.attention_kl(Q, 1.0, Q, Q), "k_s must be a tensor, got float"),
         (
             lambda: functional.attention_kl(Q, [Q], Q, Q),
-            "four sequences .* got a tensor, a sequence of 1, a tensor, a tensor",
+            "attention_kl: .* got a tensor for q_s, a sequence of 1 for k_s",
         ),
         (
             lambda: functional.attention_mse([Q, Q], [Q, Q], [Q], [Q]),
-            "q_s, k_s, q_t, k_t must be four tensors, .* of 2, a sequence of 2, a sequence of 1",
+            "q_s, k_s, q_t, k_t must all be tensors, .* of 2 for k_s, a sequence of 1 for q_t",
         ),
         (lambda: functional.attention_kl([], [], [], []), "got a sequence of 0"),
         (
             lambda: functional.attention_kl([Q, Q], [Q, None], [Q, Q], [Q, Q]),
-            r"b_s\[1\] must be a tensor, got NoneType",
+            r"k_s\[1\] must be a tensor, got NoneType",
         ),
         (
             lambda: functional.attention_kl([Q, Q], [Q, Q], [Q, Q[..., :4]], [Q, Q[..., :4]]),
-            r"one shape, got .* for a_t\[0\] and .* for a_t\[1\]",
+            r"one shape, got .* for q_t\[0\] and .* for q_t\[1\]",
         ),
         (
             lambda: functional.attention_kl([Q, Q], [Q, Q], [Q, Q], [Q, Q], reduction="none"),
             "takes one block per call, got 2",
         ),
-        (lambda: functional.attention_kl(Q, Q[..., :4], Q, Q), "student must have one shape"),
+        (
+            lambda: functional.attention_kl(Q, Q[..., :4], Q, Q),
+            "attention_kl: q_s and k_s must have one shape",
+        ),
         (
             lambda: functional.attention_kl(Q, Q, Q[:, :2], Q[:, :2]),
             "4 heads and the teacher 2. Pass relation_heads",
@@ -96,15 +99,22 @@ H = torch.randn(2, 6, 8)
             lambda: functional.softmax_kl(H, H, torch.zeros(2, 6)),
             r"mask must be bool or integer, .* if it is an additive one, mask == 0",
         ),
-        (lambda: functional.attention_kl(None, Q, Q, Q), "a_s must be a tensor, got NoneType"),
-        (lambda: functional.attention_kl(*[Q[..., :0]] * 4), "dimension of a_s must be at least 1"),
+        (
+            lambda: functional.value_relation_kl([Q, Q], Q),
+            "value_relation_kl: v_s, v_t must all be .* got a sequence of 2 for v_s, a tensor for v_t",
+        ),
+        (
+            lambda: functional.attention_kl(None, Q, Q, Q),
+            "attention_kl: q_s must be a tensor, got NoneType",
+        ),
+        (lambda: functional.attention_kl(*[Q[..., :0]] * 4), "dimension of q_s must be at least 1"),
         (
             lambda: functional.softmax_kl(H[0, 0, 0], H[0, 0, 0]),
             "dimension of z_s must be at least",
         ),
         (
             lambda: functional.attention_kl(Q, Q, Q, Q, relation_heads=2.0),
-            r"relation_kl: relation_heads must be a whole number, got 2\.0",
+            r"attention_kl: relation_heads must be a whole number, got 2\.0",
         ),
         (
             lambda: functional.softmax_kl(H, H, temperature=torch.tensor(2.0)),
@@ -130,7 +140,7 @@ H = torch.randn(2, 6, 8)
         (lambda: functional.linear_kl(H, H[0, :0], H, H[0, :0]), "w_s and w_t have no rows"),
         (
             lambda: functional.attention_kl(Q, Q, Q, Q, min_prob=2.0),
-            r"relation_kl: min_prob must lie between 0 and 1, got 2\.0",
+            r"attention_kl: min_prob must lie between 0 and 1, got 2\.0",
         ),
         (
             lambda: functional.attention_kl(Q, Q, Q, Q, min_prob="1e-7"),

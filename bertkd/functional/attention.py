@@ -23,7 +23,10 @@ from bertkd.ops.dispatch import requested
 from bertkd.ops.rows import as_mask, row_weights
 
 Blocks = Tensor | Sequence[Tensor]
-Block = tuple[Tensor, Tensor, Tensor, Tensor]  # a and b of the student, a and b of the teacher
+# a and b of the student, a and b of the teacher: in one block, as they are given, and by name.
+Block = tuple[Tensor, Tensor, Tensor, Tensor]
+Given = tuple[Blocks, Blocks, Blocks, Blocks]
+Names = tuple[str, str, str, str]
 
 
 def relation_kl(
@@ -77,14 +80,72 @@ def relation_kl(
     Source: Wang et al., "How to Distill your BERT" (ACL 2023); relations and relation heads: MiniLM and
     MiniLMv2 (Wang et al., 2020 and 2021).
     """
-    op = "relation_kl"
+    return _relation_kl(
+        "relation_kl",
+        ("a_s", "b_s", "a_t", "b_t"),
+        (a_s, b_s, a_t, b_t),
+        mask,
+        scale_s=scale_s,
+        scale_t=scale_t,
+        temperature=temperature,
+        t_squared=t_squared,
+        relation_heads=relation_heads,
+        row_weight=row_weight,
+        count_pads=count_pads,
+        min_prob=min_prob,
+        reduction=reduction,
+        impl=impl,
+    )
+
+
+def attention_kl(
+    q_s: Blocks, k_s: Blocks, q_t: Blocks, k_t: Blocks, mask: Tensor | None = None, **options
+) -> Tensor:
+    """KL divergence between attention maps, KL(teacher || student), mean over rows and heads ("Att-KL").
+
+    ``relation_kl`` of queries and keys; see there for shapes and options. The maps are the ones before
+    dropout. Source: Wang et al., ACL 2023; MiniLM (Wang et al., 2020), equation 4.
+    """
+    names = ("q_s", "k_s", "q_t", "k_t")
+    return _relation_kl("attention_kl", names, (q_s, k_s, q_t, k_t), mask, **options)
+
+
+def value_relation_kl(v_s: Blocks, v_t: Blocks, mask: Tensor | None = None, **options) -> Tensor:
+    """KL divergence between value relations softmax(V V^T / sqrt(D)) ("Val-KL").
+
+    ``relation_kl`` of the values with themselves, (B, H, L, D_s) and (B, H, L, D_t); see there for
+    options. Source: MiniLM (Wang et al., 2020), equation 6.
+    """
+    names = ("v_s", "v_s", "v_t", "v_t")
+    return _relation_kl("value_relation_kl", names, (v_s, v_s, v_t, v_t), mask, **options)
+
+
+def _relation_kl(
+    op: str,
+    names: Names,
+    given: Given,
+    mask: Tensor | None = None,
+    *,
+    scale_s: float | None = None,
+    scale_t: float | None = None,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    relation_heads: int | None = None,
+    row_weight: Tensor | None = None,
+    count_pads: bool = False,
+    min_prob: float | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """``relation_kl`` for whoever calls it, whose name and argument names the errors bear."""
     check_options(op, reduction, temperature)
     check_clamps(op, min_prob=min_prob)
     compared = _compare(
         op,
-        {"a_s": a_s, "b_s": b_s, "a_t": a_t, "b_t": b_t},
+        names,
+        given,
         mask,
-        {"scale_s": scale_s, "scale_t": scale_t},
+        (scale_s, scale_t),
         relation_heads,
         temperature=temperature,
         row_weight=row_weight,
@@ -98,29 +159,9 @@ def relation_kl(
         loss = _by_definition(rows, compared, divisor, reduction)
     else:
         # A relation of one tensor with itself has symmetric scores, and one gradient.
-        name = "self_relation_kl" if compared.of_itself else op
+        name = "self_relation_kl" if compared.of_itself else "relation_kl"
         loss = _fused(name, impl, compared, divisor, reduction)
     return loss * temperature**2 if t_squared else loss
-
-
-def attention_kl(
-    q_s: Blocks, k_s: Blocks, q_t: Blocks, k_t: Blocks, mask: Tensor | None = None, **options
-) -> Tensor:
-    """KL divergence between attention maps, KL(teacher || student), mean over rows and heads ("Att-KL").
-
-    ``relation_kl`` of queries and keys; see there for shapes and options. The maps are the ones before
-    dropout. Source: Wang et al., ACL 2023; MiniLM (Wang et al., 2020), equation 4.
-    """
-    return relation_kl(q_s, k_s, q_t, k_t, mask, **options)
-
-
-def value_relation_kl(v_s: Blocks, v_t: Blocks, mask: Tensor | None = None, **options) -> Tensor:
-    """KL divergence between value relations softmax(V V^T / sqrt(D)) ("Val-KL").
-
-    ``relation_kl`` of the values with themselves, (B, H, L, D_s) and (B, H, L, D_t); see there for
-    options. Source: MiniLM (Wang et al., 2020), equation 6.
-    """
-    return relation_kl(v_s, v_s, v_t, v_t, mask, **options)
 
 
 def attention_mse(
@@ -166,9 +207,10 @@ def attention_mse(
     check_clamps(op, min_score=min_score)
     compared = _compare(
         op,
-        {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t},
+        ("q_s", "k_s", "q_t", "k_t"),
+        (q_s, k_s, q_t, k_t),
         mask,
-        {"scale_s": scale_s, "scale_t": scale_t},
+        (scale_s, scale_t),
         relation_heads,
         row_weight=row_weight,
         count_pads=count_pads,
@@ -216,9 +258,10 @@ class _Compared(NamedTuple):
 
 def _compare(
     op: str,
-    tensors: dict[str, Blocks],
+    names: Names,
+    given: Given,
     mask: Tensor | None,
-    scales: dict[str, float | None],
+    scales: tuple[float | None, float | None],
     relation_heads: int | None,
     *,
     temperature: float = 1.0,
@@ -227,22 +270,22 @@ def _compare(
     reduction: str,
 ) -> _Compared:
     """Check what both attention losses are given and bring it into the form that their implementations take."""
-    for name, scale in scales.items():
+    for name, scale in zip(("scale_s", "scale_t"), scales, strict=True):
         if scale is not None:
             check_number(op, name, scale)
-    given = _blocks(op, tensors)
-    if len(given) > 1 and reduction == "none":
+    whole = _blocks(op, names, given)
+    if len(whole) > 1 and reduction == "none":
         raise ValueError(
-            f"{op}: reduction='none' takes one block per call, got {len(given)}. Call once per block."
+            f"{op}: reduction='none' takes one block per call, got {len(whole)}. Call once per block."
         )
-    of_itself = all(a_s is b_s and a_t is b_t for a_s, b_s, a_t, b_t in given)
-    blocks = [_heads(op, block, relation_heads) for block in given]
+    of_itself = all(a_s is b_s and a_t is b_t for a_s, b_s, a_t, b_t in whole)
+    blocks = [_heads(op, names, block, relation_heads) for block in whole]
     a_s, _, a_t, _ = blocks[0]
     batch, heads, length, _ = a_s.shape
     mask = as_mask(op, mask, a_s, (batch, length))
     scale_s, scale_t = (
         (x.shape[-1] ** -0.5 if scale is None else scale) / temperature
-        for scale, x in zip(scales.values(), (a_s, a_t), strict=True)
+        for scale, x in zip(scales, (a_s, a_t), strict=True)
     )
     dtype = reference.compute_dtype(*(x for block in blocks for x in block))
     counted = None if count_pads else mask
@@ -278,19 +321,19 @@ def _fused(
     return total_loss(op, impl, weight, calls, wrt, divisor)
 
 
-def _blocks(op: str, tensors: dict[str, Blocks]) -> list[Block]:
+def _blocks(op: str, names: Names, given: Given) -> list[Block]:
     """The four tensors of every block, checked."""
-    names, given = tuple(tensors), tuple(tensors.values())
     counts = [len(x) if isinstance(x, (list, tuple)) else None for x in given]
     if counts == [None] * 4:
         single = cast(Block, given)
         check_tensors(op, 4, **dict(zip(names, single, strict=True)))
         return [single]
     if None in counts or 0 in counts or len(set(counts)) > 1:
-        found = ["a tensor" if count is None else f"a sequence of {count}" for count in counts]
+        kinds = ["a tensor" if count is None else f"a sequence of {count}" for count in counts]
+        found = dict(zip(names, kinds, strict=True))
         raise ValueError(
-            f"{op}: {', '.join(names)} must be four tensors, or four sequences with a tensor for each block, got "
-            f"{', '.join(found)}."
+            f"{op}: {', '.join(found)} must all be tensors, or all sequences with a tensor for each block, got "
+            f"{', '.join(f'{kind} for {name}' for name, kind in found.items())}."
         )
     blocks = [cast(Block, block) for block in zip(*given, strict=True)]
     for index, block in enumerate(blocks):
@@ -306,11 +349,11 @@ def _blocks(op: str, tensors: dict[str, Blocks]) -> list[Block]:
     return blocks
 
 
-def _heads(op: str, block: Block, relation_heads: int | None) -> Block:
+def _heads(op: str, names: Names, block: Block, relation_heads: int | None) -> Block:
     """A block with its heads re-split, if they are to be, and the teacher cut off from the graph."""
     a_s, b_s = (regroup_heads(op, "the student", x, relation_heads) for x in block[:2])
     a_t, b_t = (regroup_heads(op, "the teacher", x.detach(), relation_heads) for x in block[2:])
-    check_attention(op, student=(a_s, b_s), teacher=(a_t, b_t))
+    check_attention(op, names, (a_s, b_s, a_t, b_t))
     return a_s, b_s, a_t, b_t
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -124,18 +125,19 @@ def check_clamps(op: str, min_prob: float | None = None, min_score: float | None
         raise ValueError(f"{op}: min_prob must lie between 0 and 1, got {min_prob}.")
 
 
-def check_attention(op: str, **sides: tuple[Tensor, Tensor]) -> None:
+def check_attention(op: str, names: Sequence[str], block: Sequence[Tensor]) -> None:
     """Refuse (a, b) pairs that disagree in shape, or student and teacher that cannot be compared.
 
     Args:
         op: name of the loss, for the message.
-        **sides: two entries, argument names joined by a comma -> the two tensors (B, H, L, D).
+        names: of the arguments, in the order of ``block``.
+        block: a and b of the student, a and b of the teacher, (B, H, L, D) each.
     """
-    (names_s, (a_s, b_s)), (names_t, (a_t, b_t)) = sides.items()
-    for names, a, b in ((names_s, a_s, b_s), (names_t, a_t, b_t)):
+    a_s, b_s, a_t, b_t = block
+    for (first, second), a, b in ((names[:2], a_s, b_s), (names[2:], a_t, b_t)):
         if a.shape != b.shape:
             raise ValueError(
-                f"{op}: {names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}."
+                f"{op}: {first} and {second} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}."
             )
     if a_s.shape[0] != a_t.shape[0] or a_s.shape[2] != a_t.shape[2]:
         raise ValueError(

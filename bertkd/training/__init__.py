@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from bertkd.training.supervised import Supervised
 
 
-if not TYPE_CHECKING:  # to whom it would mean that there is every name
+if not TYPE_CHECKING:  # a type checker would take it to have every name
 
     def __getattr__(name: str) -> Any:
         if name not in _LAZY:
