@@ -76,6 +76,24 @@ def test_a_full_disk_leaves_the_old_one_and_is_said(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["student"]
 
 
+def test_a_disk_that_is_full_at_the_tokenizer_is_said_too(tmp_path, monkeypatch):
+    from tiny_tokenizer import tiny_tokenizer
+
+    model = tiny_model("bert", hidden=16, heads=2)
+    path = export(model, None, tmp_path / "student", "# Old")
+    save = model.save_pretrained
+
+    def save_and_fill(folder):
+        save(folder)
+        (folder / "tokenizer.json").symlink_to("/dev/full")
+
+    monkeypatch.setattr(model, "save_pretrained", save_and_fill)
+    with pytest.raises(OSError, match=r"student could not be written \(No space left"):
+        export(model, tiny_tokenizer(), path, "# New")
+    assert "# Old" in (path / "README.md").read_text()
+    assert os.listdir(tmp_path) == ["student"]
+
+
 def test_a_failing_export_leaves_the_old_one(tmp_path):
     model = tiny_model("bert", hidden=16, heads=2)
     path = export(model, None, tmp_path / "student", "# Old")

@@ -50,7 +50,10 @@ def export(student: Any, tokenizer: Any | None, path: str | Path, card_text: str
                 tokenizer.save_pretrained(temporary)
             card = card_text.rstrip() or f"# {path.name}"
             (temporary / "README.md").write_text(f"{card}\n\n{MARK}\n", encoding="utf-8")
-    except SafetensorError as error:  # of a full disk too
+    except Exception as error:
+        # Of a full disk: safetensors' own kind, and of a tokenizer one of no kind at all.
+        if type(error) not in (SafetensorError, Exception):
+            raise
         raise OSError(errno.EIO, f"{path} could not be written ({error})") from error
     return path
 
