@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_task import save_reviews, save_tiny_model
 from tiny_tokenizer import tiny_tokenizer
@@ -70,6 +73,44 @@ def test_models_are_loaded_or_refused_by_name(tmp_path):
         load_model(tmp_path / "empty", "teacher")
     with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path / "empty", "teacher")
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000, -10])
+def test_weights_cut_off_midway_are_refused_by_name(tmp_path, kept):
+    path = save_tiny_model(tmp_path / "model", head_cls="sequence")
+    weights = Path(path, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"teacher='.*cannot load a model from this directory: \w"):
+        load_model(path, "teacher", "labels")
+
+
+@pytest.mark.parametrize("lost", ["bert.", "layer.2.output", "classifier", "pooler"])
+def test_weights_that_are_not_there_are_not_made_up(tmp_path, lost):
+    path = save_tiny_model(tmp_path / "model", head_cls="sequence")
+    weights = Path(path, "model.safetensors")
+    kept = {name: w for name, w in load_file(weights).items() if lost not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"teacher='.*its weights lack \S*{lost}.*would be random"
+    ):
+        load_model(path, "teacher", "labels")
+    # A head that nobody asks for may be missing, and the pooler, which only heads have a use for.
+    if lost in ("classifier", "pooler"):
+        assert load_model(path, "teacher").config.num_hidden_layers == 4
+
+
+def test_weights_of_other_sizes_than_the_config_are_refused(tmp_path):
+    path = save_tiny_model(tmp_path / "model")
+    weights = Path(path, "model.safetensors")
+    cut = {
+        name: w[:10].clone() if "intermediate" in name else w
+        for name, w in load_file(weights).items()
+    }
+    save_file(cut, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"teacher='.*weights are damaged, or not those of its config"
+    ):
+        load_model(path, "teacher")
 
 
 def test_a_new_head_is_drawn_without_the_global_generators(tmp_path, monkeypatch):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -78,8 +81,8 @@ def load_model(
         config: overrides of the model's config, e.g. ``num_labels=2``.
 
     Raises:
-        ValueError: nothing there, not a Hugging Face encoder, or a saved head for another number of
-            labels than ``config`` asks for; names ``argument``.
+        ValueError: nothing there, not a Hugging Face encoder, weights that are damaged or incomplete, or a
+            saved head for another number of labels than ``config`` asks for; names ``argument``.
     """
     import torch
     from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
@@ -98,16 +101,43 @@ def load_model(
         seeded(seed),
     ):
         try:
-            return classes[head].from_pretrained(path, dtype=dtypes[precision], **config)
+            model, report = classes[head].from_pretrained(
+                path, dtype=dtypes[precision], output_loading_info=True, **config
+            )
         except RuntimeError as error:
             # What differs stands in a report that quiet_transformers holds back.
             saved, wanted = load_config(path, argument).num_labels, config.get("num_labels")
             if head != "labels" or wanted in (None, saved):
-                raise
+                raise ValueError(
+                    "its weights are damaged, or not those of its config.json"
+                ) from error
             raise ValueError(
                 f"its head has {saved} labels, but the task has {wanted}. Save the encoder alone "
                 "(AutoModel.from_pretrained(...).save_pretrained(...)) and name that folder."
             ) from error
+        has_head = head is not None and head_of(model.config) == head
+        _refuse_new_weights(model, report["missing_keys"], has_head)
+        return model
+
+
+def _refuse_new_weights(model: PreTrainedModel, missing: Iterable[str], has_head: bool) -> None:
+    """Refuse an encoder, or a head that the checkpoint says it has, of random numbers as the checkpoint lacks it.
+
+    Transformers only mentions it, in a report that ``quiet_transformers`` holds back.
+    """
+    missing = set(missing)
+    encoder = {id(w) for name, w in model.base_model.named_parameters() if "pooler" not in name}
+    lacking = [
+        name
+        for name, weight in model.named_parameters()
+        if name in missing and (has_head or id(weight) in encoder)
+    ]
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ValueError(
+            f"its weights lack {', '.join(lacking[:3])}{more}, which would be random; the files are not complete, "
+            "or another model's"
+        )
 
 
 def load_config(path: str | os.PathLike[str], argument: str) -> PretrainedConfig:
@@ -179,8 +209,8 @@ def _said_plainly(path: str | os.PathLike[str], argument: str, what: str) -> Ite
         )
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         place = "directory" if Path(name).is_dir() else "directory or model on the Hugging Face Hub"
         raise ValueError(
             f"{argument}={name!r}: cannot load {what} from this {place}: {reason}"
