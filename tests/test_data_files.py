@@ -106,6 +106,17 @@ def test_long_texts_are_read_and_the_limit_of_csv_is_left_alone(tmp_path):
     assert csv.field_size_limit() == limit
 
 
+def test_files_of_two_names_for_one_split_are_refused(tmp_path):
+    for name in ("validation.csv", "dev.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        ValueError, match=r"has both validation\.csv and dev\.jsonl, which stand for"
+    ):
+        find_split(tmp_path, ["validation", "valid", "dev"])
+    (tmp_path / "validation.csv").rename(tmp_path / "dev.parquet")
+    assert find_split(tmp_path, ["validation", "valid", "dev"]) == [tmp_path / "dev.parquet"]
+
+
 def test_incomplete_or_doubled_splits_are_refused(tmp_path):
     write(tmp_path, "train-00000-of-00003.csv", "text,label\na,1\n")
     write(tmp_path, "train-00002-of-00003.csv", "text,label\nc,1\n")

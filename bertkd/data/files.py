@@ -62,25 +62,35 @@ def read_table(
 
 
 def find_split(folder: Path, stems: Iterable[str]) -> list[Path]:
-    """Files of the first stem that ``folder`` has: ``train.csv``, or shards
+    """Files of the one of ``stems`` that ``folder`` has: ``train.csv``, or shards
     ``train-00000-of-00002``.
 
     Where a stem stands in several formats, the last of ``FORMATS`` (Parquet, which has types) wins.
 
     Raises:
-        ValueError: shards are missing, or a whole file stands beside shards.
+        ValueError: shards are missing, a whole file stands beside shards, or files of several stems beside
+            each other.
     """
-    for stem in stems:
-        for suffix in reversed(FORMATS):
-            whole = folder / f"{stem}{suffix}"
-            shards = sorted(p for p in folder.glob(f"{stem}-*-of-*{suffix}") if p.is_file())
-            if shards and whole.is_file():
-                raise ValueError(
-                    f"{folder} has both {whole.name} and {shards[0].name}: take one of them out"
-                )
-            _check_shards(shards)
-            if shards or whole.is_file():
-                return shards or [whole]
+    found = [files for stem in stems if (files := _files_of(folder, stem))]
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} has both {found[0][0].name} and {found[1][0].name}, which stand for the same split: "
+            "take one of them out"
+        )
+    return found[0] if found else []
+
+
+def _files_of(folder: Path, stem: str) -> list[Path]:
+    for suffix in reversed(FORMATS):
+        whole = folder / f"{stem}{suffix}"
+        shards = sorted(p for p in folder.glob(f"{stem}-*-of-*{suffix}") if p.is_file())
+        if shards and whole.is_file():
+            raise ValueError(
+                f"{folder} has both {whole.name} and {shards[0].name}: take one of them out"
+            )
+        _check_shards(shards)
+        if shards or whole.is_file():
+            return shards or [whole]
     return []
 
 
