@@ -2,7 +2,9 @@
 
 import os
 
+import pytest
 import torch
+from other_run import other_run_in
 
 from bertkd.bench import runner
 from bertkd.bench.cases import attention
@@ -38,3 +40,10 @@ def test_a_process_that_dies_costs_its_case_alone(monkeypatch):
     (row,) = runner.measured_apart(SMALL, SETTINGS)
     assert row.status == "error"
     assert "terminated abruptly" in row.note
+
+
+def test_a_folder_that_another_run_measures_into_is_refused(tmp_path):
+    job = runner.plan(runner.Options("relation_kl", "cpu", str(tmp_path / "out")))
+    with other_run_in(tmp_path / "out", "bench"), pytest.raises(ValueError, match="is in use by"):
+        runner.run(job)
+    assert not (tmp_path / "out" / "results.csv").exists()

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from other_run import other_run_in
 from tiny_task import review_rows, save_tiny_model
 from transformers import AutoModel, AutoTokenizer
 
@@ -109,3 +110,9 @@ def test_demo_refuses_wrong_options(words, tmp_path, capsys):
     assert main(["demo", *words]) == 2
     assert words[0].removeprefix("--") in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_at_work_is_not_disturbed(tiny_demo):
+    teacher, recipe, out = tiny_demo
+    with other_run_in(out, "demo"), pytest.raises(ValueError, match="demo' is in use by another"):
+        run_demo(teacher, recipe, out)

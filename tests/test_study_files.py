@@ -2,8 +2,15 @@ import json
 from pathlib import Path
 
 import pytest
+from other_run import other_run_in
 
-from bertkd.study.files import check_output_dir, claim_output_dir, write_json, write_through
+from bertkd.study.files import (
+    check_output_dir,
+    claim_output_dir,
+    held_output_dir,
+    write_json,
+    write_through,
+)
 
 
 def test_a_new_and_an_empty_directory_are_taken(tmp_path):
@@ -51,6 +58,21 @@ def test_a_folder_is_tried_without_a_trace_even_while_others_try_it(tmp_path):
 def test_a_place_where_not_even_root_can_write():
     with pytest.raises(ValueError, match=r"'/proc/a/b' cannot be created: '/proc' cannot be wri"):
         check_output_dir("/proc/a/b", "distill")
+
+
+def test_a_folder_is_held_by_one_run_until_it_ends_or_is_killed(tmp_path):
+    folder = tmp_path / "out"
+    with (
+        other_run_in(folder, "demo"),
+        pytest.raises(
+            ValueError, match=r"out' is in use by another run \(process \d+ on .*\): wait"
+        ),
+        held_output_dir(folder, "demo"),
+    ):
+        pass
+    with held_output_dir(folder, "demo") as held:
+        assert held == folder
+    assert [path.name for path in folder.iterdir()] == ["bertkd_run.json"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import pytest
+from other_run import other_run_in
 from tiny_task import save_reviews, save_tiny_model
 
 from bertkd.cli.main import main
@@ -96,6 +97,14 @@ def test_study_runs_reports_and_keeps_finished_runs(study, tmp_path, capsys):
     assert main([*study, "--output_dir", str(out)]) == 0
     assert json.loads(lost.read_text())["scores"] == before["scores"]
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_a_study_at_work_is_not_disturbed(study, tmp_path, capsys):
+    out = tmp_path / "study"
+    with other_run_in(out, "study topic"):
+        assert main([*study, "--output_dir", str(out)]) == 1
+        assert sorted(path.name for path in out.iterdir()) == [".bertkd-lock", "bertkd_run.json"]
+    assert "study' is in use by another run (process " in capsys.readouterr().err
 
 
 def test_students_of_another_teacher_are_made_anew(study, tmp_path, caplog):

@@ -28,7 +28,7 @@ from bertkd.bench.step_cases import step_cases_for
 from bertkd.bench.step_models import PAIRS
 from bertkd.bench.step_runs import CONTESTANTS, run_step
 from bertkd.bench.timing import DeviceLost, check_device, release_memory, told
-from bertkd.study.files import claim_output_dir, write_json, write_text
+from bertkd.study.files import held_output_dir, write_json, write_text
 
 RESULTS, ENVIRONMENT, SUMMARY = "results.csv", "environment.json", "summary.md"
 
@@ -114,11 +114,15 @@ def run(job: Job, say: Callable[[str], object] = SAY, *, apart: bool = False) ->
         apart: on a CPU, measure each case in a process of its own.
 
     Raises:
-        ValueError: the folder holds results of another device.
+        ValueError: the folder holds results of another device, or another run measures into it.
     """
     if job.device.index is not None:
         torch.cuda.set_device(job.device)
-    folder = claim_output_dir(job.output_dir, "bench", reuse=True)
+    with held_output_dir(job.output_dir, "bench") as folder:
+        return _run(job, folder, say, apart)
+
+
+def _run(job: Job, folder: Path, say: Callable[[str], object], apart: bool) -> list[Row]:
     path = folder / RESULTS
     before = read_rows(path) if path.exists() else []
     rows: list[Row] = []

@@ -15,7 +15,7 @@ from bertkd.student import create_student
 from bertkd.study.costs import measure_costs
 from bertkd.study.demo_report import write_report, write_run
 from bertkd.study.demo_result import DemoResult, SeedResult
-from bertkd.study.files import claim_output_dir
+from bertkd.study.files import held_output_dir
 from bertkd.study.models import load_config, load_model, load_tokenizer
 from bertkd.study.progress import Progress
 from bertkd.study.retrieval import RetrievalJudge, score_similarities
@@ -80,22 +80,22 @@ def run_demo(teacher_dir: Path, recipe: Recipe, output_dir: Path, *, seeds: int 
         seeds: number of runs, with seeds 1, 2, ...
 
     Raises:
-        ValueError: the recipe has several stages, or the folder cannot be used.
+        ValueError: the recipe has several stages, or the folder cannot be used or is in use.
     """
     start = time.monotonic()
     recipe = demo_recipe(recipe)
-    claim_output_dir(output_dir, "demo", reuse=True)
-    progress = Progress(_phases(recipe.stages[0].steps, seeds))
-    setting = _read(teacher_dir, recipe, progress)
-    result = _baselines(setting)
-    for seed in range(1, seeds + 1):
-        folder = output_dir / f"seed-{seed}" if seeds > 1 else output_dir
-        student, run = _distil(setting, seed, folder)
-        result.runs.append(run)
-        write_run(result, run, student, setting.tokenizer, teacher_dir, folder)
-    progress.close()
-    result.seconds = time.monotonic() - start
-    write_report(result, output_dir)
+    with held_output_dir(output_dir, "demo"):
+        progress = Progress(_phases(recipe.stages[0].steps, seeds))
+        setting = _read(teacher_dir, recipe, progress)
+        result = _baselines(setting)
+        for seed in range(1, seeds + 1):
+            folder = output_dir / f"seed-{seed}" if seeds > 1 else output_dir
+            student, run = _distil(setting, seed, folder)
+            result.runs.append(run)
+            write_run(result, run, student, setting.tokenizer, teacher_dir, folder)
+        progress.close()
+        result.seconds = time.monotonic() - start
+        write_report(result, output_dir)
     return result
 
 

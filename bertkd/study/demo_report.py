@@ -119,7 +119,8 @@ def write_report(result: DemoResult, output_dir: Path) -> None:
     write_text(output_dir / "report.md", "\n\n".join(report) + "\n")
     print(f"\n{title}\n\n{tables[0].text()}\n{notes[0]}\n\n{tables[1].text()}\n")
     print("\n".join(notes[1:]))
-    print(f"\nwritten to {output_dir}: {', '.join(sorted(p.name for p in output_dir.iterdir()))}")
+    names = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith("."))
+    print(f"\nwritten to {output_dir}: {', '.join(names)}")
 
 
 def _notes(result: DemoResult) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from bertkd._files import whole_file
+from bertkd._locks import LOCK, InUseError, locked
 
 MARKER = "bertkd_run.json"
 _TRIAL = ".bertkd-trial-"
@@ -70,10 +72,31 @@ def claim_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / MARKER, {"command": command})
     except OSError as error:
-        raise ValueError(
-            f"output_dir {str(path)!r} cannot be written to ({error.strerror}); name another place."
-        ) from error
+        raise _not_writable(path, error) from error
     return path
+
+
+@contextmanager
+def held_output_dir(path: str | Path, command: str) -> Iterator[Path]:
+    """:func:`claim_output_dir`, new or not, and other runs kept out of it as long as this lasts.
+
+    For commands that work in one process: of two in one folder each would delete or replace what the other writes.
+
+    Raises:
+        ValueError: as ``claim_output_dir``, or another run is at work there.
+    """
+    path = claim_output_dir(path, command, reuse=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path / LOCK))
+        except InUseError as holder:
+            raise ValueError(
+                f"output_dir {str(path)!r} is in use by another run ({holder}): wait for its end, or name another "
+                "place."
+            ) from holder
+        except OSError as error:
+            raise _not_writable(path, error) from error
+        yield path
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -103,6 +126,12 @@ def _why_not_writable(folder: Path) -> str | None:
     except OSError as error:
         return f"cannot be written to ({error.strerror})"
     return None
+
+
+def _not_writable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"output_dir {str(path)!r} cannot be written to ({error.strerror}); name another place."
+    )
 
 
 def _maker(path: Path) -> str | None:

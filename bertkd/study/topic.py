@@ -18,7 +18,7 @@ from torch import nn
 from bertkd.distiller import Distiller
 from bertkd.errors import NonFiniteError
 from bertkd.student import create_student
-from bertkd.study.files import claim_output_dir, write_json
+from bertkd.study.files import held_output_dir, write_json
 from bertkd.study.models import label_config, load_model, load_tokenizer, quiet_transformers
 from bertkd.study.progress import Progress
 from bertkd.study.stages import ticking
@@ -173,7 +173,7 @@ def run_topic(study: TopicStudy) -> list[Run]:
     Where a student's loss turns NaN or infinite the others are trained and reported all the same.
 
     Raises:
-        ValueError: the folder cannot be used, or the task is unlabelled or has no test split.
+        ValueError: the folder cannot be used or is in use, or the task is unlabelled or has no test split.
         NonFiniteError: the teacher failed; or students did, and the report holds the others.
     """
     tokenizer = load_tokenizer(study.model, "model")
@@ -186,7 +186,11 @@ def run_topic(study: TopicStudy) -> list[Run]:
     stages = [stage for method in study.methods().values() for stage in method]
     for stage in (study.teacher_stage(), *stages):
         workload.check_metric(stage)
-    claim_output_dir(study.output_dir, "study topic", reuse=True)
+    with held_output_dir(study.output_dir, "study topic"):
+        return _run(study, tokenizer, workload)
+
+
+def _run(study: TopicStudy, tokenizer: Any, workload: Workload) -> list[Run]:
     setting = _setting(study, workload)
     lesson = _Attempt(
         "teacher",

@@ -1,21 +1,15 @@
-"""One run to a folder: a lock that ends with the process that holds it, however that ends."""
+"""One run to a folder, in however many processes it trains."""
 
 from __future__ import annotations
 
-import fcntl
-import logging
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-LOCK = ".bertkd-lock"
-
-logger = logging.getLogger(__name__)
+from bertkd._locks import LOCK, InUseError, locked
 
 
 @contextmanager
@@ -33,8 +27,8 @@ def kept_from_others(output_dir: Path, accelerator: Accelerator) -> Iterator[Non
         if accelerator.is_main_process:
             try:
                 output_dir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_locked(output_dir / LOCK))
-            except _InUseError as holder:
+                held.enter_context(locked(output_dir / LOCK))
+            except InUseError as holder:
                 reason = (
                     f"is in use by another run ({holder}): wait for its end, or name another place"
                 )
@@ -45,46 +39,3 @@ def kept_from_others(output_dir: Path, accelerator: Accelerator) -> Iterator[Non
         if reason := next(filter(None, gather_object([reason])), None):
             raise ValueError(f"output_dir {str(output_dir)!r} {reason}")
         yield
-
-
-class _InUseError(Exception):
-    """Says who holds a lock."""
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on ``path`` with this process's number in it; the file is there as long as the lock."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _lock(lock)
-        while not _is_at(path, lock):  # its holder has just ended, and took the file along
-            os.close(lock)
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            _lock(lock)
-        os.ftruncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
-
-
-def _lock(lock: int) -> None:
-    try:
-        # Not flock, which workers that outlive a killed process would hold on.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise _InUseError(os.read(lock, 200).decode(errors="replace")) from error
-    except OSError as error:
-        logger.warning(
-            "the file system of output_dir has no locks (%s): start no second run in it",
-            error.strerror,
-        )
-
-
-def _is_at(path: Path, file: int) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.stat(path), os.fstat(file))
-    return False
