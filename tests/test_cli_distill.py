@@ -246,6 +246,23 @@ def test_a_run_whose_results_found_no_room_is_completed_by_resuming(
     assert (out / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [("train", "data.checksum was"), ("validation", "settings.validation was")],
+)
+def test_a_row_that_was_changed_meanwhile_is_noticed(place, tmp_path, capsys, split, message):
+    out = tmp_path / "out"
+    rows = {"train": review_rows(400, seed=0), "validation": review_rows(100, seed=1)}
+    for name, found in rows.items():
+        save_csv(tmp_path / f"{name}.csv", found)
+    words = ["--task", str(tmp_path), "--objective", "kd", "--steps", "2", "--eval_every", "1"]
+    assert distill(place, out, *words) == 0
+    rows[split][3]["label"] = "bad"
+    save_csv(tmp_path / f"{split}.csv", rows[split])
+    assert distill(place, out, *words, "--resume") == 1
+    assert message in capsys.readouterr().err
+
+
 def test_damaged_checkpoint_is_named_and_code_1(place, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--task", place["task"], "--objective", "kd", "--steps", "4", "--save_every", "2"]

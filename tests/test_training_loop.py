@@ -14,7 +14,7 @@ from training_fakes import FakeDistiller, Output, collate, examples, run, same_s
 
 from bertkd.data import LengthBucketSampler
 from bertkd.errors import CheckpointError, NonFiniteError
-from bertkd.training import checkpoint, make_accelerator
+from bertkd.training import checkpoint, make_accelerator, run_record
 from bertkd.training.meter import Meter
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -294,6 +294,14 @@ def test_another_run_cannot_go_on_from_a_checkpoint(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match="checkpoint-9 was made by another run") as error:
         run(tmp_path, resume=True, **changes)
     assert error.match(message) or message in str(error.value)
+
+
+def test_another_version_of_a_library_is_said(tmp_path, monkeypatch, caplog):
+    run(tmp_path)
+    monkeypatch.setattr(run_record, "version", lambda name: f"{name} 9")
+    run(tmp_path, resume=True)
+    assert "checkpoint-9: transformers was 5" in caplog.text
+    assert "now transformers 9; results may differ in bits" in caplog.text
 
 
 def test_another_teacher_cannot_take_over(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,15 @@ class EncodedRows(Sequence):
             labels=None if self.labels is None else self.labels[rows],
             index=self._index[rows],
         )
+
+    def checksum(self) -> int:
+        """CRC-32 of everything that a model gets to see of the rows."""
+        parts = (self.lengths, self._ids, self._types, self.labels)
+        checksum = 0
+        for part in parts:
+            if part is not None:
+                checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+        return checksum
 
     def _span(self, row: int) -> slice:
         return slice(self._ends[row] - self.lengths[row], self._ends[row])

@@ -17,6 +17,7 @@ from bertkd.training import checkpoint
 from bertkd.training.loop import TrainResult, train
 from bertkd.training.machine import this_process
 from bertkd.training.recipe import Stage
+from bertkd.training.run_record import describe_data
 from bertkd.training.schedule import stage_lengths
 
 Curve = tuple[list[float], list[float]]
@@ -64,6 +65,7 @@ def run_stages(
     output_dir: Path,
     resume: bool | str = False,
     teacher_scores: Mapping[str, float] | None = None,
+    settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[TrainResult]:
     """Train through ``stages`` in order, each in its own folder ``<number>-<name>``.
@@ -77,6 +79,7 @@ def run_stages(
         output_dir: parent of the stages' folders.
         resume: as ``train`` takes it.
         teacher_scores: the teacher's on the validation split, by name.
+        settings: as ``train`` takes them; of a stage that is judged also what its validation rows are.
         options: everything else ``train`` takes, e.g. ``seed``, ``log_with``.
     """
     totals = [stage_steps(stage, workload) for stage in stages]
@@ -91,6 +94,11 @@ def run_stages(
         folder = output_dir / f"{number}-{stage.name}"
         done = max(checkpoint.checkpoints(folder), default=0)
         parts = stage.accumulate
+        stated = dict(settings or {})
+        if stage.metric and stage.eval_every and workload.task is not None:
+            # Weights that were best on other rows must not stand against those of a later sitting.
+            rows = workload.task.validation
+            stated["validation"] = describe_data(rows, rows.lengths)
         with (
             progress.phase(stage.name) as tick,
             ticking(module, total * parts, tick, start=done * parts),
@@ -104,6 +112,7 @@ def run_stages(
                 eval_fn=workload.judge("validation") if stage.metric else None,
                 resume=resume,
                 teacher_score=(teacher_scores or {}).get(stage.metric or ""),
+                settings=stated,
                 progress=bars,
                 **options,
             )

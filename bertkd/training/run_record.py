@@ -8,6 +8,7 @@ import logging
 import platform
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+import bertkd
+from bertkd.data.encode import EncodedRows
 from bertkd.errors import CheckpointError
 from bertkd.training.recipe import Stage
 from bertkd.training.rng import kept_rng
@@ -49,6 +52,8 @@ def describe_run(
             "device": accelerator.device.type,
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "bertkd": bertkd.__version__,
         },
     }
     if settings is not None:
@@ -57,12 +62,15 @@ def describe_run(
 
 
 def describe_data(data: Any, lengths: Sequence[int]) -> dict[str, int]:
-    """What examples are known by: their number, and checksums of their lengths and of some of them."""
-    return {
+    """What examples are known by: their number, and checksums of their lengths and of all or some of them."""
+    found = {
         "examples": len(lengths),
         "checksum_of_lengths": zlib.crc32(np.asarray(lengths, dtype=np.int64).tobytes()),
         "checksum_of_a_sample": _checksum_of_sample(data),
     }
+    if isinstance(data, EncodedRows):  # others may have to read or to make each of their examples
+        found["checksum"] = data.checksum()
+    return found
 
 
 def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
@@ -76,15 +84,14 @@ def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str,
         CheckpointError: naming ``path`` and listing what differs.
     """
     free = {f.name for f in dataclasses.fields(Stage) if f.metadata.get("resume") == "free"}
-    stated = [key for key in present if key in saved]
-    then, now = (_flat({key: run[key] for key in stated}, free) for run in (saved, present))
-    keys = [key for key in now | then if then.get(key) != now.get(key)]
+    then, now = (_flat(run, free) for run in (saved, present))
+    keys = [key for key in now if key in then and then[key] != now[key]]
     soft = [key for key in keys if key.startswith("environment.")]
     hard = [key for key in keys if key not in soft]
     if hard:
         raise CheckpointError(
             f"{path} was made by another run: "
-            + "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in hard)
+            + "; ".join(f"{key} was {then[key]!r}, now {now[key]!r}" for key in hard)
             + ". Resume with the old settings, or start afresh in another output_dir"
         )
     for key in soft:
@@ -92,8 +99,8 @@ def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str,
             "%s: %s was %s, now %s; results may differ in bits",
             path.name,
             key.removeprefix("environment."),
-            then.get(key),
-            now.get(key),
+            then[key],
+            now[key],
         )
 
 
