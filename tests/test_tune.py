@@ -45,6 +45,14 @@ def test_the_fastest_is_stored(pretended_gpu):
     assert config.read_tuned("Fast GPU 9000") == {"grad_rows/32/16": found.config}
 
 
+def test_a_damaged_file_is_refused_before_anything_is_measured(pretended_gpu):
+    pretended_gpu.write_text("{")
+    with pytest.raises(
+        ValueError, match=r"9000\.json holds no configurations .* Delete it; `bertkd tune`"
+    ):
+        run([])
+
+
 def test_noise_stores_nothing(pretended_gpu):
     (found,) = run([1.0, 0.98, 1.2])
     assert not found.is_faster

@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 
 from bertkd.bench.timing import GraphReplay, check_device
-from bertkd.ops.triton.config import FORMS, Config, candidates, trial, tuned_key, write_tuned
+from bertkd.ops.triton.config import (
+    FORMS,
+    Config,
+    candidates,
+    read_tuned,
+    trial,
+    tuned_key,
+    write_tuned,
+)
 from bertkd.ops.verify import TENSORS, Sizes, compare, random_case
 
 # A candidate must beat the shipped configuration by more than timing noise does.
@@ -83,10 +91,12 @@ def tune(
         What was found for each form, after it has been stored.
 
     Raises:
+        ValueError: the file that it would be stored in is damaged.
         DeviceLost: a candidate has cost the device, on which all after it would fail too.
     """
     started = time.monotonic()
     name = torch.cuda.get_device_name(device)
+    read_tuned(name)  # now: a kernel that finds it damaged would pass for one that does not run
     major, minor = torch.cuda.get_device_capability(device)
     left_out = []
     for dtype in dtypes:

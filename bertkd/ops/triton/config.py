@@ -207,7 +207,7 @@ def read_tuned(device_name: str) -> dict[str, Config]:
         return {key: Config(*map(int, row)) for key, row in json.loads(file.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} holds no configurations ({error}). Delete it, or tune anew."
+            f"{file} holds no configurations ({error}). Delete it; `bertkd tune` makes a new one."
         ) from error
 
 
