@@ -160,6 +160,10 @@ def test_a_teacher_counts_as_finished_once_it_is_saved(study, tmp_path, monkeypa
     assert main(words) == 130
     monkeypatch.undo()
     assert main(words) == 0
+    # Nor does the record of this one answer for another one's weights.
+    monkeypatch.setattr(topic, "write_json", killed)
+    assert main([*words, "--teacher_steps", "9"]) == 130
+    assert not (tmp_path / "study" / "teacher" / "run.json").exists()
 
 
 def test_a_seed_without_a_label_only_student_is_not_compared():
