@@ -50,6 +50,17 @@ def test_a_kill_while_replacing_loses_neither(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == [busy.name, "d"]
 
 
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    path = tmp_path / "results.json"
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*results\.json'"),
+        whole_file(path) as temporary,
+    ):
+        temporary.symlink_to("/dev/full")
+        temporary.write_text("new")
+    assert not os.listdir(tmp_path)
+
+
 def test_a_file_that_cannot_be_written_leaves_no_trace(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")

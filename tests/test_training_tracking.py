@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 from training_fakes import FakeDistiller, examples, run
 
 from bertkd.errors import CheckpointError
+from bertkd.training.tracking import History
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -32,6 +35,20 @@ def test_a_torn_history_is_mended_on_resume(tmp_path):
     assert strip[0] == strip[1]
     lines = (folder / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 6, 9]
+
+
+def test_a_full_disk_is_told_with_what_could_not_be_written(tmp_path):
+    def log(numbers, step):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "history.jsonl"
+    history = History(SimpleNamespace(is_main_process=True, log=log), path, [])
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}'"):
+        history.add({"step": 1})
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        history.add({"step": 2})
 
 
 def test_trackers(tmp_path, monkeypatch, caplog):

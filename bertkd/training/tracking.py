@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from bertkd._files import whole_file
+from bertkd._files import naming, whole_file
 
 
 class History:
@@ -39,10 +39,11 @@ class History:
         row = {key: finite(value) for key, value in row.items()}
         self.rows.append(row)
         if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as stream:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
             numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
-            self.accelerator.log(numbers, step=row["step"])
+            with naming(self.path.parent):
+                self.accelerator.log(numbers, step=row["step"])
 
 
 class Stopwatch:
