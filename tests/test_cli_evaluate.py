@@ -215,7 +215,10 @@ def test_of_several_processes_the_first_speaks(tmp_path, monkeypatch, capsys):
     words = ["evaluate", "--model", model, "--task", task, "--output", str(path)]
     for rank in range(2):
         process = SimpleNamespace(
-            device="cpu", is_main_process=not rank, print=print if not rank else lambda text: None
+            device="cpu",
+            backend=None,
+            is_main_process=not rank,
+            print=print if not rank else lambda text: None,
         )
         monkeypatch.setattr(machine, "PartialState", lambda cpu, process=process: process)
         monkeypatch.setenv("RANK", str(rank))

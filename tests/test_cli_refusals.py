@@ -50,7 +50,9 @@ def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
 @pytest.mark.parametrize("command", ["demo", "study topic"])
 def test_what_runs_in_one_process_is_not_started_in_two(command, tmp_path, capsys, monkeypatch):
     # Not this_process, which a module that is first imported meanwhile would keep for good.
-    monkeypatch.setattr(machine, "PartialState", lambda cpu: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(
+        machine, "PartialState", lambda cpu: SimpleNamespace(num_processes=2, backend=None)
+    )
     assert main([*command.split(), "--output_dir", str(tmp_path / "out")]) == 2
     text = (
         f"`bertkd {command}` runs in one process, but was started in 2; start it without torchrun"

@@ -7,13 +7,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cli_runs import FAST, save_place
 from transformers import AutoModelForSequenceClassification
 
-from bertkd.training import checkpoint
+from bertkd.training import checkpoint, machine
+from bertkd.training.machine import this_process
 
 
 def start(*words: str | Path, **settings) -> subprocess.Popen:
@@ -115,3 +117,15 @@ def test_the_command_line_shares_its_work_among_processes(tmp_path):
 @pytest.mark.slow
 def test_a_command_that_is_refused_leaves_its_process_group_too(tmp_path):
     finish(start_two("-c", COMMAND_LINE, "demo", "--output_dir", tmp_path), code=2)
+
+
+def test_processes_meet_once_all_can_be_reached(monkeypatch):
+    """One that ends at once would take along the others, where these are still connecting to it."""
+    meetings = []
+    group = SimpleNamespace(backend="gloo", wait_for_everyone=lambda: meetings.append(1))
+    monkeypatch.setattr(machine, "PartialState", lambda cpu: group)
+    this_process()
+    assert meetings == [1]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    this_process()
+    assert meetings == [1]

@@ -30,7 +30,13 @@ def this_process() -> PartialState:
     Accelerate takes processes without a GPU for strangers to each other unless it hears of the CPU at its first call.
     """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu)
+    distributed = torch.distributed
+    joined = distributed.is_available() and distributed.is_initialized()
+    state = PartialState(cpu=on_cpu)
+    if not joined and state.backend == "gloo":
+        # Whoever ended at once, refused, would take the others along that are still connecting to it.
+        state.wait_for_everyone()
+    return state
 
 
 def check_alone(command: str) -> None:
