@@ -275,3 +275,13 @@ def test_damaged_checkpoint_is_named_and_code_1(place, tmp_path, capsys):
     # The same words serve `--resume last-good` and resume='last-good'.
     assert "Give resume the value 'last-good'" in text
     assert distill(place, out, *words, "--resume", "last-good") == 0
+
+
+def test_a_teacher_that_computes_nan_is_told_apart_from_the_student(place, tmp_path, capsys):
+    teacher = AutoModelForSequenceClassification.from_pretrained(place["teacher"])
+    torch.nn.init.constant_(teacher.classifier.bias, float("nan"))
+    teacher.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(place["teacher"]).save_pretrained(tmp_path / "teacher")
+    broken = {"teacher": str(tmp_path / "teacher")}
+    assert distill(broken, tmp_path / "run", "--task", place["task"], "--steps", "2") != 0
+    assert "the teacher on validation: logits hold NaN" in capsys.readouterr().err

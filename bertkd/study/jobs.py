@@ -90,7 +90,7 @@ def run_job(job: Job) -> Path:
         claim_output_dir(job.output_dir, job.command, reuse=bool(job.resume))
     if job.teacher is not None:
         workload.compare_with(job.teacher.to(state.device))
-        scores["teacher"] = judge_all(job.teacher, workload)
+        scores["teacher"] = judge_all(job.teacher, workload, "teacher")
     results = run_stages(
         job.stages,
         job.build,
@@ -103,7 +103,7 @@ def run_job(job: Job) -> Path:
         teacher_scores=scores.get("teacher", {}).get("validation"),
     )
     role = "student" if job.teacher is not None else "model"
-    scores[role] = {} if job.untrained_head == "new" else judge_all(job.student, workload)
+    scores[role] = {} if job.untrained_head == "new" else judge_all(job.student, workload, role)
     path = job.output_dir / "model"
     if state.is_main_process:
         try:

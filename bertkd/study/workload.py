@@ -22,6 +22,7 @@ from bertkd.data import (
 from bertkd.data.encode import EncodedRows, encode_rows
 from bertkd.data.tables import Table
 from bertkd.encoders import unwrap
+from bertkd.errors import NonFiniteError
 from bertkd.study.models import class_names
 from bertkd.study.retrieval import RetrievalJudge
 from bertkd.training.evaluate import predict
@@ -155,9 +156,19 @@ def load_text(source: str, tokenizer: Any, max_length: int, *, masked: bool = Fa
     return Workload(source, None, blocks, Collator(tokenizer))
 
 
-def judge_all(model: nn.Module, workload: Workload) -> Scores:
-    """Split -> score name -> value."""
-    return {split: judge(model) for split, judge in workload.judges.items()}
+def judge_all(model: nn.Module, workload: Workload, role: str = "model") -> Scores:
+    """Split -> score name -> value.
+
+    Raises:
+        NonFiniteError: the model, which the message calls by its ``role``, computes NaN or infinity.
+    """
+    scores = {}
+    for split, judge in workload.judges.items():
+        try:
+            scores[split] = judge(model)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"the {role} on {split}: {error}") from error
+    return scores
 
 
 def encode_texts(texts: list[str], name: str, tokenizer: Any, max_length: int) -> EncodedRows:
