@@ -181,6 +181,18 @@ def test_the_best_weights_come_back_and_patience_stops(tmp_path, caplog):
     assert all(torch.equal(last[name], value) for name, value in module.state_dict().items())
 
 
+def test_a_run_whose_best_checkpoint_is_damaged_can_end_with_its_last_weights(tmp_path):
+    options = {"metric": "accuracy", "eval_every": 2, "steps": 6}
+    _, result = run(tmp_path, eval_fn=scores(0.5, 0.3, 0.2), **options)
+    assert result.best_step == 2
+    (result.best_checkpoint / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing.*--restore last"):
+        run(tmp_path, eval_fn=scores(0.2), resume=True, **options)
+    module, result = run(tmp_path, eval_fn=scores(0.2), resume=True, restore="last", **options)
+    last = checkpoint.read(result.last_checkpoint).tensors["model"]
+    assert all(torch.equal(last[name], value) for name, value in module.state_dict().items())
+
+
 def test_evaluation_leaves_no_trace_in_the_training(tmp_path):
     plain, _ = run(tmp_path / "a", FakeDistiller(dropout=0.3))
     watched, _ = run(

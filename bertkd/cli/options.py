@@ -59,6 +59,7 @@ class StageOptions:
         eval_every: Updates between evaluations, or "epoch".
         save_every: Updates between checkpoints, or "epoch".
         patience: Stop a stage that is evaluated after so many evaluations without a better score.
+        restore: Weights that a stage which is evaluated ends with.
     """
 
     steps: int | None = None
@@ -73,6 +74,7 @@ class StageOptions:
     eval_every: int | Literal["epoch"] | None = None
     save_every: int | Literal["epoch"] | None = None
     patience: int | None = None
+    restore: Literal["best", "last"] | None = None
 
     def given(self) -> dict[str, Any]:
         """The fields of a ``Stage`` that were given, but for ``patience``; see ``patient``."""

@@ -138,6 +138,21 @@ def read(path: Path) -> Contents:
     return contents
 
 
+def read_best(path: Path) -> Contents:
+    """``read`` for the best checkpoint of a run that is at its end.
+
+    Raises:
+        CheckpointError: as ``verify``, saying how to end without it: resuming alone would come here again.
+    """
+    try:
+        return read(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. It holds the best weights; the last ones are whole: resume with restore='last' (on the "
+            "command line: --restore last) to end with these"
+        ) from error
+
+
 def checkpoints(output_dir: Path) -> dict[int, Path]:
     """The checkpoints in ``output_dir`` by step, oldest first; damaged ones too."""
     if not output_dir.is_dir():

@@ -237,7 +237,7 @@ def train(
         if state.best_step is not None:
             best_checkpoint = output_dir / f"checkpoint-{state.best_step}"
             if stage.restore == "best" and state.best_step != state.step:
-                restore_model(checkpoint.read(best_checkpoint), module)
+                restore_model(checkpoint.read_best(best_checkpoint), module)
 
     module.eval()
     return TrainResult(
