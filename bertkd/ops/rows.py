@@ -1,4 +1,4 @@
-"""Masks, row weights and reductions: what all losses share between their arguments and their ops."""
+"""Masks and row weights: what all losses share between their arguments and their ops."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def as_mask(op: str, mask: Tensor | None, like: Tensor, rows: tuple[int, ...]) -
 def weighted(rows: Tensor, weight: Tensor) -> Tensor:
     """``rows * weight``, and 0 where the weight is 0, whatever is there: a pad row may hold NaN."""
     return torch.where(weight == 0, 0.0, rows * weight)
+
+
+def counted_rows(row_weight: Tensor) -> Tensor | None:
+    """Indices of the rows (N,) that weigh anything; None, for all of them, during a capture of a CUDA graph, which
+    cannot wait for their number."""
+    if row_weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return row_weight.nonzero().squeeze(-1)
 
 
 def row_weights(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bertkd.ops.dispatch import resolve
 from bertkd.ops.implementations import implementation
+from bertkd.ops.rows import counted_rows
 from bertkd.ops.tensors import float_tensors, has_mask
 from bertkd.reference import compute_dtype
 
@@ -186,13 +187,10 @@ def _kernel(name: str):
 
 
 def _counted_rows(function: Callable[..., Tensor], row_weight: Tensor, *inputs: Any) -> Tensor:
-    """``linear_kl_rows`` of the rows that weigh anything, 0 for the others.
-
-    While a CUDA graph is captured all are projected: it cannot wait for their number.
-    """
-    if row_weight.is_cuda and torch.cuda.is_current_stream_capturing():
+    """``linear_kl_rows`` of the rows that weigh anything, 0 for the others."""
+    kept = counted_rows(row_weight)
+    if kept is None:
         return function(*inputs)
-    kept = row_weight.nonzero().squeeze(-1)
     h_s, w_s, bias_s, h_t, *rest = inputs
     rows = function(h_s[kept], w_s, bias_s, h_t[kept], *rest)
     return rows.new_zeros(row_weight.shape[0]).index_copy_(0, kept, rows)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bertkd.ops.chunked.softmax_kl import row_blocks
 from bertkd.ops.chunked.tiles import Workspace, kl_sweep
+from bertkd.ops.rows import counted_rows
 from bertkd.reference import compute_dtype
 
 # Every block reads both decoders whole: a few rows at a time would spend its time on that.
@@ -59,13 +60,6 @@ def linear_kl_rows(
     return out
 
 
-def _kept(row_weight: Tensor) -> Tensor:
-    """Numbers of the rows that count; of all rows while a CUDA graph is captured, which cannot wait for a count."""
-    if row_weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return torch.arange(row_weight.shape[0], device=row_weight.device)
-    return row_weight.nonzero().squeeze(-1)
-
-
 def linear_kl_fwd_bwd(
     row_weight: Tensor,
     h_s: Tensor,
@@ -83,13 +77,14 @@ def linear_kl_fwd_bwd(
     decoders = _Decoders(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature)
     dtype = decoders.dtype
     weight_s = decoders.sides[0][1]
-    kept = _kept(row_weight)
+    kept = counted_rows(row_weight)
     loss = torch.zeros((), dtype=dtype, device=h_s.device)
     grad_h = torch.zeros_like(h_s)
     grad_w = torch.zeros_like(w_s, dtype=dtype)
     grad_b = torch.zeros(w_s.shape[0] if bias_s is not None else 0, dtype=dtype, device=h_s.device)
-    for block in row_blocks(kept.numel(), w_s.shape[0], h_s.device, LEAST_ROWS):
-        rows = kept[block]
+    count = row_weight.shape[0] if kept is None else kept.numel()
+    for block in row_blocks(count, w_s.shape[0], h_s.device, LEAST_ROWS):
+        rows = block if kept is None else kept[block]
         row_kl, difference, hidden = decoders.sweep(rows)
         weight = row_weight[rows].to(dtype)
         loss += torch.dot(row_kl, weight)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bertkd.ops.rows import counted_rows
 from bertkd.ops.tensors import laid_out_like, unit_stride
 from bertkd.ops.triton.sizes import cdiv
 from bertkd.ops.triton.softmax_kl import row_kl
@@ -205,12 +206,10 @@ def _gradients(
 def _kept(row_weight: Tensor, vocabulary: int) -> Tensor | None:
     """Rows worth projecting, or None for all of them.
 
-    Their number must be known on the host, because the GEMMs are the vendor's: one wait for the device, never during a
-    graph capture, and only where the projections saved (85 % in masked language modelling) outweigh it. Rows that
-    are projected all the same still cost the row kernel nothing.
+    Their number must be known on the host, because the GEMMs are the vendor's: the host waits for the device once, and
+    only where the projections saved (85 % in masked language modelling) outweigh that. Rows of weight 0 that are
+    projected all the same still cost the row kernel nothing.
     """
-    if row_weight.is_cuda:
-        worth_it = leaves_rows_out(row_weight.shape[0], vocabulary)
-        if not worth_it or torch.cuda.is_current_stream_capturing():
-            return None
-    return row_weight.nonzero().squeeze(-1)
+    if row_weight.is_cuda and not leaves_rows_out(row_weight.shape[0], vocabulary):
+        return None
+    return counted_rows(row_weight)
