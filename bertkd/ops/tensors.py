@@ -41,6 +41,11 @@ def laid_out_like(given: Tensor, grad: Tensor) -> Tensor:
     return grad if same else torch.empty_like(given).copy_(grad)
 
 
+def bias_gradient(sums: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+    """The gradient of a bias in its dtype; of an absent one, whose ``sums`` are empty, in the weight's."""
+    return sums.to((weight if bias is None else bias).dtype)
+
+
 def guard(x: Tensor) -> Any:
     """Makes the device of ``x`` the current one: a launch goes to the current device, not to its arguments'."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bertkd.ops.chunked.softmax_kl import row_blocks
 from bertkd.ops.rows import weighted
+from bertkd.ops.tensors import bias_gradient
 from bertkd.reference import compute_dtype, hidden_cosine_rows, hidden_mse_rows
 
 
@@ -74,8 +75,7 @@ def hidden_proj_mse_fwd_bwd(
         grad_w.addmm_(scaled.T, hidden)
         if bias is not None:
             grad_b += scaled.sum(0)
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return loss, grad_h, grad_w.to(weight.dtype), grad_b.to(bias_dtype)
+    return loss, grad_h, grad_w.to(weight.dtype), bias_gradient(grad_b, bias, weight)
 
 
 def hidden_proj_mse_sum(
@@ -125,8 +125,7 @@ def hidden_combine_mse_fwd_bwd(
             grad.addmm_(scaled.T, teacher, alpha=-1)
         if bias is not None:
             grad_b -= scaled.sum(0)
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return loss, grads, grad_w.to(weight.dtype), grad_b.to(bias_dtype)
+    return loss, grads, grad_w.to(weight.dtype), bias_gradient(grad_b, bias, weight)
 
 
 def hidden_combine_mse_sum(

@@ -8,6 +8,7 @@ from torch import Tensor
 from bertkd.ops.chunked.softmax_kl import row_blocks
 from bertkd.ops.chunked.tiles import Workspace, kl_sweep
 from bertkd.ops.rows import counted_rows
+from bertkd.ops.tensors import bias_gradient
 from bertkd.reference import compute_dtype
 
 # Every block reads both decoders whole: a few rows at a time would spend its time on that.
@@ -93,5 +94,4 @@ def linear_kl_fwd_bwd(
         grad_w.addmm_(difference.T, hidden)
         if bias_s is not None:
             grad_b += difference.sum(0)
-    bias_dtype = w_s.dtype if bias_s is None else bias_s.dtype
-    return loss, grad_h, grad_w.to(w_s.dtype), grad_b.to(bias_dtype)
+    return loss, grad_h, grad_w.to(w_s.dtype), bias_gradient(grad_b, bias_s, w_s)

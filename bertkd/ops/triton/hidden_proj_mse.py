@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bertkd.kernels.hidden_proj_mse import hidden_proj_mse_kernel
-from bertkd.ops.tensors import guard, laid_out_like, unit_stride
+from bertkd.ops.tensors import bias_gradient, guard, laid_out_like, unit_stride
 from bertkd.ops.triton import interpreting
 from bertkd.ops.triton.sizes import cdiv
 from bertkd.ops.triton.states import (
@@ -79,11 +79,11 @@ def precision(dtype: torch.dtype) -> str:
 
 
 class _Residual(NamedTuple):
-    """What one launch leaves: the weighted loss, G = sign 2 w R per target, and the bias gradient."""
+    """What one launch leaves: the weighted loss, G = sign 2 w R per target, and the bias gradient or nothing (0,)."""
 
     loss: Tensor
     outputs: list[Tensor]
-    bias_sum: Tensor | None
+    bias_sum: Tensor
 
 
 def _residual(
@@ -114,8 +114,9 @@ def _residual(
     bias_sums = None
     if bias is not None:
         bias = unit_stride(bias)
-    if bias is not None and outputs:
-        bias_sums = torch.empty((row_blocks, weight.shape[0]), dtype=torch.float32, device=device)
+        if outputs:
+            shape = (row_blocks, weight.shape[0])
+            bias_sums = torch.empty(shape, dtype=torch.float32, device=device)
     with guard(weight):
         hidden_proj_mse_kernel[(programs,)](
             tuple(inputs),
@@ -140,13 +141,8 @@ def _residual(
             PRECISION=precision(compute),
             **config,
         )
-    return _Residual(losses.sum(), outputs, None if bias_sums is None else bias_sums.sum(0))
-
-
-def _bias_gradient(bias: Tensor | None, bias_sum: Tensor | None, weight: Tensor) -> Tensor:
-    if bias is None or bias_sum is None:
-        return torch.empty((0,), dtype=weight.dtype, device=weight.device)
-    return bias_sum.to(bias.dtype)
+    bias_sum = weight.new_empty(0) if bias_sums is None else bias_sums.sum(0)
+    return _Residual(losses.sum(), outputs, bias_sum)
 
 
 def hidden_proj_mse_fwd_bwd(
@@ -160,7 +156,7 @@ def hidden_proj_mse_fwd_bwd(
     # fp32 out of the products: in half precision the library may round the parts of a split sum.
     grad_h = laid_out_like(h_s, product(g, matrix.to(compute)))
     grad_w = laid_out_like(weight, product(g.T, hidden.to(compute)))
-    return result.loss, grad_h, grad_w, _bias_gradient(bias, result.bias_sum, weight)
+    return result.loss, grad_h, grad_w, bias_gradient(result.bias_sum, bias, weight)
 
 
 def hidden_proj_mse_sum(
@@ -196,7 +192,7 @@ def hidden_combine_mse_fwd_bwd(
             part = grad_w[j * width_s : (j + 1) * width_s, k * width_t : (k + 1) * width_t]
             part.copy_(product(operand, teacher.to(compute)).neg_())
     grads = [laid_out_like(x, g) for x, g in zip(h_s, result.outputs, strict=True)]
-    return result.loss, grads, grad_w, _bias_gradient(bias, result.bias_sum, weight)
+    return result.loss, grads, grad_w, bias_gradient(result.bias_sum, bias, weight)
 
 
 def hidden_combine_mse_sum(

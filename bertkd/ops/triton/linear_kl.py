@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bertkd.ops.rows import counted_rows
-from bertkd.ops.tensors import laid_out_like, unit_stride
+from bertkd.ops.tensors import bias_gradient, laid_out_like, unit_stride
 from bertkd.ops.triton.sizes import cdiv
 from bertkd.ops.triton.softmax_kl import row_kl
 from bertkd.ops.triton.states import add_product, aligned_size, operand_dtype, product
@@ -150,8 +150,7 @@ def linear_kl_fwd_bwd(
         whole_h = laid_out_like(h_s, grad_h)
     else:
         whole_h = torch.zeros_like(h_s).index_copy_(0, kept, grad_h.to(h_s.dtype))
-    bias_dtype = w_s.dtype if bias_s is None else bias_s.dtype
-    return loss, whole_h, laid_out_like(w_s, grad_w), grad_b.to(bias_dtype)
+    return loss, whole_h, laid_out_like(w_s, grad_w), bias_gradient(grad_b, bias_s, w_s)
 
 
 def _gradients(
