@@ -17,6 +17,9 @@ from torch import Tensor
 
 Definition = TypeVar("Definition", bound=Callable[..., Tensor])
 
+# Squared norm up to which a hidden state counts as 0.
+COSINE_EPS = 1e-16
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Float64 if any tensor is float64, else float32: the dtype all sums are made in."""
@@ -133,17 +136,18 @@ def hidden_mse_rows(
 
 
 @full_precision
-def hidden_cosine_rows(h_s: Tensor, h_t: Tensor, eps: float = 1e-16) -> Tensor:
+def hidden_cosine_rows(h_s: Tensor, h_t: Tensor) -> Tensor:
     """1 - cos(h_s, h_t) of every row: (..., d), (..., d) -> (...).
 
-    A student's vector of a squared norm up to ``eps`` has cosine 0 and, as it has no direction to turn, no gradient.
+    A student's vector of a squared norm up to ``COSINE_EPS`` has cosine 0 and, as it has no direction to turn, no
+    gradient.
     """
     dtype = compute_dtype(h_s, h_t)
     x, y = h_s.to(dtype), h_t.to(dtype)
     square = x.square().sum(-1)
     # The norms are clamped inside the square root so that the gradient at 0 is finite.
-    norm = (square.clamp_min(eps) * y.square().sum(-1).clamp_min(eps)).sqrt()
-    return 1.0 - torch.where(square > eps, (x * y).sum(-1) / norm, 0.0)
+    norm = (square.clamp_min(COSINE_EPS) * y.square().sum(-1).clamp_min(COSINE_EPS)).sqrt()
+    return 1.0 - torch.where(square > COSINE_EPS, (x * y).sum(-1) / norm, 0.0)
 
 
 @full_precision

@@ -11,7 +11,7 @@ from torch import Tensor
 from bertkd.ops.chunked.softmax_kl import row_blocks
 from bertkd.ops.rows import weighted
 from bertkd.ops.tensors import bias_gradient
-from bertkd.reference import compute_dtype, hidden_cosine_rows, hidden_mse_rows
+from bertkd.reference import COSINE_EPS, compute_dtype, hidden_cosine_rows, hidden_mse_rows
 
 
 def hidden_mse_fwd_bwd(
@@ -145,9 +145,7 @@ def hidden_combine_mse_sum(
     return _sum(row_weight, max(weight.shape), rows, *h_t, *h_s)
 
 
-def hidden_cosine_fwd_bwd(
-    row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-16
-) -> tuple[Tensor, Tensor]:
+def hidden_cosine_fwd_bwd(row_weight: Tensor, h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
     """``sum_i w_i (1 - cos_i)`` over (N, d), and its gradient w (cos x / |x|^2 - y / (|x| |y|))."""
     dtype = compute_dtype(h_s, h_t)
     loss = torch.zeros((), dtype=dtype, device=h_s.device)
@@ -155,17 +153,18 @@ def hidden_cosine_fwd_bwd(
     for block in row_blocks(h_s.shape[0], h_s.shape[1], h_s.device):
         x, y = h_s[block].to(dtype), h_t[block].to(dtype)
         square_x = x.square().sum(-1, keepdim=True)
-        square_y = y.square().sum(-1, keepdim=True).clamp_min(eps)
-        norm = (square_x.clamp_min(eps) * square_y).sqrt()
-        # Up to eps there is no direction: the cosine is 0 and has no gradient.
-        cosine = torch.where(square_x > eps, (x * y).sum(-1, keepdim=True) / norm, 0.0)
+        square_y = y.square().sum(-1, keepdim=True).clamp_min(COSINE_EPS)
+        # Up to COSINE_EPS there is no direction: the cosine is 0 and has no gradient.
+        directed, square_x = square_x > COSINE_EPS, square_x.clamp_min(COSINE_EPS)
+        norm = (square_x * square_y).sqrt()
+        cosine = torch.where(directed, (x * y).sum(-1, keepdim=True) / norm, 0.0)
         weight = row_weight[block].to(dtype).unsqueeze(-1)
         loss += weighted(1.0 - cosine, weight).sum()
-        across = (cosine / square_x.clamp_min(eps)) * x - y / norm
-        grad[block] = torch.where(square_x > eps, weighted(across, weight), 0.0).to(h_s.dtype)
+        across = (cosine / square_x) * x - y / norm
+        grad[block] = torch.where(directed, weighted(across, weight), 0.0).to(h_s.dtype)
     return loss, grad
 
 
-def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-16) -> Tensor:
+def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor) -> Tensor:
     """The same sum alone."""
-    return _sum(row_weight, h_s.shape[1], partial(hidden_cosine_rows, eps=eps), h_s, h_t)
+    return _sum(row_weight, h_s.shape[1], hidden_cosine_rows, h_s, h_t)

@@ -13,6 +13,7 @@ from bertkd.kernels.hidden_mse import hidden_mse_kernel
 from bertkd.ops.tensors import guard, laid_out_like, unit_stride
 from bertkd.ops.triton.sizes import cdiv, power_of_2
 from bertkd.ops.triton.states import alignment, grouped
+from bertkd.reference import COSINE_EPS
 
 # Elements of a tile: 16 a thread, two loads of 16 bytes for 16-bit states.
 TILE = 2048
@@ -97,23 +98,19 @@ def _mse(
     return partials.sum()
 
 
-def hidden_cosine_fwd_bwd(
-    row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-16
-) -> tuple[Tensor, Tensor]:
+def hidden_cosine_fwd_bwd(row_weight: Tensor, h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
     """``sum_i w_i (1 - cos(h_s_i, h_t_i))`` over (N, d), and its gradient."""
     student = unit_stride(h_s)
     grad = torch.empty_like(student)
-    return _cosine(row_weight, student, h_t, grad, eps), laid_out_like(h_s, grad)
+    return _cosine(row_weight, student, h_t, grad), laid_out_like(h_s, grad)
 
 
-def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor, eps: float = 1e-16) -> Tensor:
+def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor) -> Tensor:
     """The same sum alone: nothing is written."""
-    return _cosine(row_weight, unit_stride(h_s), h_t, None, eps)
+    return _cosine(row_weight, unit_stride(h_s), h_t, None)
 
 
-def _cosine(
-    row_weight: Tensor, student: Tensor, h_t: Tensor, grad: Tensor | None, eps: float
-) -> Tensor:
+def _cosine(row_weight: Tensor, student: Tensor, h_t: Tensor, grad: Tensor | None) -> Tensor:
     """The sum over a student with unit stride; fills ``grad``."""
     teacher = unit_stride(h_t)
     n_rows, width = student.shape
@@ -133,7 +130,7 @@ def _cosine(
             teacher.stride(0),
             0 if grad is None else grad.stride(0),
             row_weight.stride(0),
-            eps,
+            COSINE_EPS,
             ALIGN=alignment(width, student, teacher, grad),
             **config,
         )
