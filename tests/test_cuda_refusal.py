@@ -154,13 +154,24 @@ def unavailable(monkeypatch):
 def test_why_it_is_unavailable(unavailable):
     module = SimpleNamespace(runtime_version=lambda: 13000, driver_version=lambda: 12040)
     assert unavailable((None, "not built: because")) == "not built: because"
-    assert "without CUDA" in unavailable((None, None))
     assert unavailable((module, None), has_gpu=False) == "no CUDA device was found"
     said = unavailable((module, None))
     assert "built with CUDA 13.0, and the driver serves up to 12.4" in said
     assert "update the driver" in said
     module.driver_version = lambda: 13020
     assert unavailable((module, None)) is None
+
+
+def test_a_module_without_its_cuda_part(monkeypatch):
+    monkeypatch.setattr(_build, "missing", lambda part: None)
+    monkeypatch.setattr(library.importlib, "import_module", lambda name: SimpleNamespace())
+    library._load.cache_clear()
+    try:
+        assert "without CUDA" in library.unavailable.__wrapped__()
+        with pytest.raises(RuntimeError, match="built without CUDA"):
+            library.kernels()
+    finally:
+        library._load.cache_clear()
 
 
 def test_the_record_for_people(tmp_path, monkeypatch):

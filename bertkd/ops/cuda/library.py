@@ -23,17 +23,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module("bertkd._C")
     except ImportError as error:
         return None, f"bertkd._C cannot be loaded: {error}"
-    return getattr(module, "cuda", None), None
+    if not hasattr(module, "cuda"):
+        return None, "bertkd._C was built without CUDA (reinstall bertkd)"
+    return module.cuda, None
 
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why no CUDA kernel can run in this installation, or None."""
     module, reason = _load()
-    if reason is not None:
-        return reason
     if module is None:
-        return "bertkd._C was built without CUDA (reinstall bertkd)"
+        return reason
     if not torch.cuda.is_available():
         return "no CUDA device was found"
     runtime, driver = module.runtime_version(), module.driver_version()
