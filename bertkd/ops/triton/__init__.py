@@ -44,7 +44,10 @@ def unavailable() -> str | None:
 
 
 def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why the Triton kernels cannot run ``op`` on ``tensors``, or None."""
+    """Why the Triton kernels cannot run ``op`` on ``tensors``, or None.
+
+    A launcher without a ``refusal`` of its own takes every width, layout and mix of dtypes.
+    """
     if op not in _MODULES:
         return f"there is no Triton kernel for {op}"
     for tensor in tensors:
@@ -52,7 +55,8 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
             return "its kernels do not compute in float64"
         if not (tensor.is_cuda or (interpreting() and tensor.device.type == "cpu")):
             return f"it needs CUDA tensors, got one on {tensor.device}"
-    return _load(op).refusal(op, tensors)
+    own = getattr(_load(op), "refusal", None)
+    return None if own is None else own(op, tensors)
 
 
 def size_of_form(op: str, tensors: Sequence[Tensor]) -> int | None:

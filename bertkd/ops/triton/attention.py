@@ -40,6 +40,10 @@ def block_length(length: int) -> int:
     return max(16, power_of_2(length))
 
 
+# Two tensors of the student and two of the teacher, (B, H, L, D) each.
+Sides = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class Shape(NamedTuple):
     """Sizes and compile-time arguments of a pair of sides."""
 

@@ -15,7 +15,14 @@ from bertkd.kernels.attention_mse import (
     attention_mse_pairs_kernel,
 )
 from bertkd.ops.tensors import guard, laid_out_like, unit_stride
-from bertkd.ops.triton.attention import Extents, extents_of, mask_arguments, refusal, shape_of
+from bertkd.ops.triton.attention import (
+    Extents,
+    Sides,
+    extents_of,
+    mask_arguments,
+    refusal,
+    shape_of,
+)
 from bertkd.ops.triton.config import lookup
 from bertkd.ops.triton.sizes import cdiv
 
@@ -28,7 +35,6 @@ GRAM_WIDTH = 64
 # From this multiple of both widths on the Gram form is the faster one. By counting it would be 1; but its products are
 # of fp32 operands (an H200 gains from it between 512 and 1024 tokens of width 64).
 GRAM_LENGTH = 5
-Sides = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def gram_pays(length: int, width_s: int, width_t: int) -> bool:

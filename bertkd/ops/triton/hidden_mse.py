@@ -21,11 +21,6 @@ TILE = 2048
 WHOLE_WIDTH = 2048
 
 
-def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why ``op`` cannot run on ``tensors``: every width, layout and mix of dtypes is supported."""
-    return None
-
-
 def mse_config(width: int) -> dict[str, Any]:
     """Tile of hidden_mse: of 512, 256 and 128 columns those that leave the fewest lanes idle."""
     cols = power_of_2(width)

@@ -25,11 +25,6 @@ COMPACT = 1 << 26
 HALF_PEAK = 2.0**14
 
 
-def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why ``op`` cannot run on ``tensors``: every width, vocabulary and mix of dtypes is supported."""
-    return None
-
-
 def chunk_rows(classes: int) -> int:
     """Rows in a chunk of logits of so many classes."""
     return max(MIN_ROWS, CHUNK // classes // 128 * 128)

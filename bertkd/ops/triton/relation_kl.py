@@ -11,6 +11,7 @@ from bertkd.ops.tensors import guard, laid_out_like, unit_stride
 from bertkd.ops.triton.attention import (
     LOG2E,
     Extents,
+    Sides,
     block_length,
     extents_of,
     mask_arguments,
@@ -21,8 +22,6 @@ from bertkd.ops.triton.config import TINY, Config, lookup, short_config, short_p
 from bertkd.ops.triton.sizes import cdiv
 
 __all__ = ["refusal", "relation_kl_fwd_bwd", "relation_kl_rows"]
-
-Sides = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def relation_kl_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +18,6 @@ BLOCK_CLASSES = 8192
 # are visited at the same time stay in the cache until their second sweep.
 LOOP_COLS = 8192
 LOOP_WARPS = {2: 16, 4: 32}
-
-
-def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why ``op`` cannot run on ``tensors``: every number of classes, layout and mix of dtypes is supported."""
-    return None
 
 
 def block_config(classes: int, align: int) -> dict[str, Any]:

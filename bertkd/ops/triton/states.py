@@ -1,4 +1,4 @@
-"""What the launchers on rows of states share: layouts, gradients, and products that sum in fp32."""
+"""What the launchers on rows of states share: groups, layouts, dtypes, and products that sum in fp32."""
 
 from __future__ import annotations
 
@@ -28,11 +28,9 @@ def alignment(width: int, *tensors: Tensor | None) -> int:
     return math.gcd(8, width, *(x.stride(0) for x in tensors if x is not None))
 
 
-def one_layout(states: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+def one_layout(states: Sequence[Tensor]) -> list[Tensor]:
     """States (N, d) of one launch: one dtype, neighbouring components next to each other, one row stride."""
-    dtypes = {x.dtype for x in states}
-    if dtype is None:
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = operand_dtype(*states)
     used = [unit_stride(x.to(dtype)) for x in states]
     if len({x.stride(0) for x in used}) > 1:
         used = [x.contiguous() for x in used]
