@@ -7,6 +7,9 @@ from typing import Any
 
 from bertkd.bench.record import SHAPE_COLUMNS, Row
 
+# What a case and its rows have in common.
+CASE_COLUMNS = ("kind", "op", *SHAPE_COLUMNS, "dtype", "padding")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,12 +45,7 @@ class Case:
     @classmethod
     def of(cls, row: Row) -> Case:
         """The case that a row is about; its importance is lost."""
-        return cls(
-            **{
-                name: getattr(row, name)
-                for name in ("kind", "op", *SHAPE_COLUMNS, "dtype", "padding")
-            }
-        )
+        return cls(**{name: getattr(row, name) for name in CASE_COLUMNS})
 
     @property
     def name(self) -> str:
@@ -59,14 +57,7 @@ class Case:
     @property
     def columns(self) -> dict[str, Any]:
         """The case's part of a row."""
-        shape = {column: getattr(self, column) for column in SHAPE_COLUMNS}
-        return {
-            "kind": self.kind,
-            "op": self.op,
-            **shape,
-            "dtype": self.dtype,
-            "padding": self.padding,
-        }
+        return {name: getattr(self, name) for name in CASE_COLUMNS}
 
 
 LETTERS = {

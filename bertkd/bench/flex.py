@@ -47,11 +47,10 @@ def _attention():
 
 def loss() -> Loss:
     """inputs -> summed KL."""
-
     from torch.nn.attention.flex_attention import AuxRequest
 
     def run(inputs: Inputs) -> Tensor:
-        (a_s, b_s), (a_t, b_t) = (side if len(side) == 2 else side * 2 for side in inputs[:2])
+        a_s, b_s, a_t, b_t = inputs.relation
         scale_s, scale_t = a_s.shape[-1] ** -0.5, a_t.shape[-1] ** -0.5
         attend = _attention()
         block_mask = None if inputs.mask is None else _block_mask(inputs.mask)

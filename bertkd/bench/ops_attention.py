@@ -49,23 +49,18 @@ def _maps(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _eager_relation_kl(inputs: Inputs) -> Tensor:
-    a_s, b_s, a_t, b_t = _four(inputs)
+    a_s, b_s, a_t, b_t = inputs.relation
     return kl_of_maps(_maps(a_s, b_s, inputs.mask), _maps(a_t, b_t, inputs.mask), inputs.mask)
 
 
 def _eager_attention_mse(inputs: Inputs) -> Tensor:
-    a_s, b_s, a_t, b_t = _four(inputs)
+    a_s, b_s, a_t, b_t = inputs.relation
     # Pad pairs count as nothing; their scores may be anything finite.
     difference = (scores(a_s, b_s, None) - scores(a_t, b_t, None)).float().square()
     if inputs.mask is not None:
         pairs = inputs.mask[:, None, :, None] & inputs.mask[:, None, None, :]
         difference = difference.masked_fill(~pairs, 0.0)
     return difference.sum()
-
-
-def _four(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (a_s, b_s), (a_t, b_t) = (side if len(side) == 2 else side * 2 for side in inputs[:2])
-    return a_s, b_s, a_t, b_t
 
 
 def _call(op: str):
@@ -76,7 +71,7 @@ def _call(op: str):
                 inputs.student[0], inputs.teacher[0], inputs.mask, **options
             )
         loss = functional.relation_kl if op == "relation_kl" else functional.attention_mse
-        return loss(*_four(inputs), inputs.mask, **options)
+        return loss(*inputs.relation, inputs.mask, **options)
 
     return call
 
@@ -103,7 +98,7 @@ def part_of(inputs: Inputs, grads: list[Tensor]) -> list[Tensor | None]:
 
 def _bare(inputs: Inputs) -> object:
     """The four products of relation_kl and its gradient by themselves: two scores, two gradients."""
-    a_s, b_s, a_t, b_t = (x.detach() for x in _four(inputs))
+    a_s, b_s, a_t, b_t = (x.detach() for x in inputs.relation)
     student, teacher = a_s @ b_s.transpose(-1, -2), a_t @ b_t.transpose(-1, -2)
     return teacher, student @ b_s, student.transpose(-1, -2) @ a_s
 

@@ -92,18 +92,12 @@ def _linearard_loss() -> Loss:
     align = _linearard(os.environ[LINEARARD])
 
     def loss(inputs: Inputs) -> Tensor:
-        a_s, b_s, a_t, b_t = (
-            x.contiguous() for x in [*_pair(inputs.student), *_pair(inputs.teacher)]
-        )
+        a_s, b_s, a_t, b_t = (x.contiguous() for x in inputs.relation)
         mask = None if inputs.mask is None else inputs.mask.int()
         scales = {"sm_scale_s": a_s.shape[-1] ** -0.5, "sm_scale_t": a_t.shape[-1] ** -0.5}
         return align(a_s, b_s, a_t, b_t, attn_mask=mask, causal=False, **scales)
 
     return loss
-
-
-def _pair(side: list[Tensor]) -> list[Tensor]:
-    return side if len(side) == 2 else side * 2
 
 
 def _textbrewer(name: str) -> Callable[..., Tensor]:

@@ -38,6 +38,14 @@ class Inputs(NamedTuple):
         )
 
     @property
+    def relation(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a and b of the student, a and b of the teacher; a side of one tensor is related to itself."""
+        (a_s, b_s), (a_t, b_t) = (
+            side if len(side) == 2 else side * 2 for side in (self.student, self.teacher)
+        )
+        return a_s, b_s, a_t, b_t
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(x.numel() * x.element_size() for x in (*self.student, *self.teacher))
