@@ -223,7 +223,7 @@ def without_memory(monkeypatch):
 def test_rates_on_a_gpu_are_of_what_its_programs_do(monkeypatch, without_memory):
     counted = []
 
-    def rate(run, amount, device, seconds):
+    def rate(run, amount, device):
         with Counted() as programs:
             run()
         counted.append((amount, programs))
@@ -241,17 +241,17 @@ def test_rates_on_a_gpu_are_of_what_its_programs_do(monkeypatch, without_memory)
 def test_exponentials_of_a_cpu_are_those_of_its_faster_program(monkeypatch):
     rates = {2**17: 5.0}  # PyTorch's on all threads
 
-    def rate(run, amount, device, seconds):
+    def rate(run, amount, device):
         return rates[amount]
 
     monkeypatch.setattr(roofline, "_rate", rate)
     monkeypatch.setattr(roofline.native, "unavailable", lambda: "not built")
-    assert roofline._exps(CPU, 0.1) == 5.0
+    assert roofline._exps(CPU) == 5.0
     monkeypatch.setattr(roofline.native, "unavailable", lambda: None)
     monkeypatch.setattr(roofline.native, "kernels", lambda: SimpleNamespace(exp2=print))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for rates[2**15], fastest in ((3.0, 12.0), (1.0, 5.0)):  # of one thread
-        assert roofline._exps(CPU, 0.1) == fastest
+        assert roofline._exps(CPU) == fastest
 
 
 def test_without_a_compiler_a_gpu_has_no_bound_of_exponentials(monkeypatch, without_memory):
@@ -261,7 +261,7 @@ def test_without_a_compiler_a_gpu_has_no_bound_of_exponentials(monkeypatch, with
 
         return run
 
-    def rate(run, amount, device, seconds):
+    def rate(run, amount, device):
         run()
         return 1e12
 
@@ -296,4 +296,5 @@ def test_a_rate_on_a_gpu_is_that_of_the_best_of_many_calls_in_a_row(monkeypatch)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(roofline.time, "perf_counter", lambda: now[0])
-    assert roofline._rate(run, 6.0, torch.device("cuda"), 3.0) == pytest.approx(3000.0)
+    monkeypatch.setattr(roofline, "SECONDS", 3.0)
+    assert roofline._rate(run, 6.0, torch.device("cuda")) == pytest.approx(3000.0)

@@ -60,7 +60,7 @@ def _of_device(rows: Sequence[Row]) -> str:
         "time, gain, and peak memory beyond the inputs (of a step: beyond weights and optimiser state):"
     )
     lines = [_line("loss, forward and backward", impls), "|---|---|" + "---|" * len(impls)]
-    lines += _body(ops, impls, "ms")
+    lines += _body(ops, impls)
     attention = [r for r in rows if r.kind == "op" and r.mode == "fwd_bwd" and r.op == ATTENTION]
     for what, part, own in (
         ("the networks' attention", attention, SDPA),
@@ -68,7 +68,7 @@ def _of_device(rows: Sequence[Row]) -> str:
     ):
         if part:
             lines += ["", _line(what, own), "|---|---|" + "---|" * len(own)]
-            lines += _body(part, own, "ms")
+            lines += _body(part, own)
     return head + "\n\n" + "\n".join(lines)
 
 
@@ -76,7 +76,7 @@ def _line(first: str, impls: Sequence[str]) -> str:
     return "| " + " | ".join([first, "PyTorch eager", *impls]) + " |"
 
 
-def _body(rows: Sequence[Row], impls: Sequence[str], unit: str) -> list[str]:
+def _body(rows: Sequence[Row], impls: Sequence[str]) -> list[str]:
     """One line a case: eager's time and memory, then each implementation's, with its gain."""
     lines = []
     for name in dict.fromkeys(_name(row) for row in rows):
@@ -86,7 +86,7 @@ def _body(rows: Sequence[Row], impls: Sequence[str], unit: str) -> list[str]:
         cells = [name]
         for impl in ("eager", *impls):
             time, gain, peak = (mine.get((impl, m)) for m in ("time", "speedup", "memory"))
-            parts = [] if time is None else [f"{number(time)} {unit}"]
+            parts = [] if time is None else [f"{number(time)} ms"]
             parts += [] if gain is None else [f"{gain:.1f}x"]
             parts += [] if peak is None else [f"{number(peak)} MiB"]
             cells.append(", ".join(parts))

@@ -13,6 +13,9 @@ import torch
 from bertkd.bench.spec import Work
 from bertkd.ops.native import library as native
 
+SECONDS = 0.3  # spent on each ceiling
+CALLS = 10  # of a program in a row, on a GPU
+
 
 class Ceilings(NamedTuple):
     """What the device reaches on the simplest programs: bytes, flops and exponentials per second."""
@@ -49,50 +52,42 @@ class MeasuredCeilings:
         return self.found[dtype]
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:
-    """Stream copy, matrix product in ``dtype``, and float32 exponentials.
-
-    Args:
-        device: to measure.
-        dtype: of the product; that of the cases.
-        seconds: spent on each.
-    """
-    return Ceilings(
-        _copied(device, seconds), _multiplied(device, dtype, seconds), _exps(device, seconds)
-    )
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Stream copy, matrix product in ``dtype``, which is that of the cases, and float32 exponentials."""
+    return Ceilings(_copied(device), _multiplied(device, dtype), _exps(device))
 
 
-def _copied(device: torch.device, seconds: float) -> float:
+def _copied(device: torch.device) -> float:
     source = torch.rand(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    return _rate(lambda: target.copy_(source), 2 * source.nbytes, device, seconds)
+    return _rate(lambda: target.copy_(source), 2 * source.nbytes, device)
 
 
-def _multiplied(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+def _multiplied(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return _rate(lambda: a @ b, 2 * size**3, device, seconds)
+    return _rate(lambda: a @ b, 2 * size**3, device)
 
 
-def _exps(device: torch.device, seconds: float) -> float:
+def _exps(device: torch.device) -> float:
     if device.type == "cuda":
         # Chained in registers: one exponential per element would only measure memory.
         chain, links = torch.compile(_chained), 64
         x = torch.rand(2**24, device=device)
         try:
-            return _rate(lambda: chain(x, links), x.numel() * links, device, seconds)
+            return _rate(lambda: chain(x, links), x.numel() * links, device)
         except Exception:  # without a compiler there is no such program, and no such bound
             return math.inf
     # Small enough for the caches of two cores, large enough to be split among threads.
     x = torch.rand(2**17)
     out = torch.empty_like(x)
-    rate = _rate(lambda: torch.exp(x, out=out), x.numel(), device, seconds)
+    rate = _rate(lambda: torch.exp(x, out=out), x.numel(), device)
     if native.unavailable() is not None:
         return rate
     # PyTorch's is the more exact and slower one: a ceiling is that of the fastest program there is.
     each = 2**15
     ours = partial(native.kernels().exp2, x.data_ptr(), out.data_ptr(), each)
-    return max(rate, torch.get_num_threads() * _rate(ours, each, device, seconds))
+    return max(rate, torch.get_num_threads() * _rate(ours, each, device))
 
 
 def _chained(x: torch.Tensor, links: int) -> torch.Tensor:
@@ -102,7 +97,7 @@ def _chained(x: torch.Tensor, links: int) -> torch.Tensor:
     return x
 
 
-def _rate(run: Callable[[], object], amount: float, device: torch.device, seconds: float) -> float:
+def _rate(run: Callable[[], object], amount: float, device: torch.device) -> float:
     """Best amount per second: a ceiling is what can be reached, not what is usual."""
 
     def once() -> float:
@@ -114,19 +109,19 @@ def _rate(run: Callable[[], object], amount: float, device: torch.device, second
 
     once()
     once()
-    best, until = float("inf"), time.perf_counter() + seconds
+    best, until = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < until:
         best = min(best, once())
     return amount / best
 
 
-def _seconds_on_cuda(run: Callable[[], object], calls: int = 10) -> float:
+def _seconds_on_cuda(run: Callable[[], object]) -> float:
     """Of one call among several in a row: what the host takes to launch the first is no share of the GPU's rate."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()
     start.record()
-    for _ in range(calls):
+    for _ in range(CALLS):
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+    return start.elapsed_time(end) / 1e3 / CALLS

@@ -224,7 +224,7 @@ def _note(folder: Path, facts: dict[str, Any], left_out: list[str], why: str) ->
     write_json(folder / ENVIRONMENT, facts)
 
 
-def run_apart(job: Job, say: Callable[[str], object] = SAY) -> None:
+def run_apart(job: Job) -> None:
     """``run`` with its cases apart, as the commands do.
 
     Raises:
@@ -232,7 +232,7 @@ def run_apart(job: Job, say: Callable[[str], object] = SAY) -> None:
     """
     failed = [
         row
-        for row in run(job, say, apart=True)
+        for row in run(job, apart=True)
         if row.status in ("red", "error") and row.impl in (*OURS, "*")
     ]
     if failed:
@@ -268,7 +268,6 @@ def report(folder: Path, *, plots: bool = True, new: Sequence[Row] | None = None
 
 def settings_of(job: Job, stamp: dict[str, Any], ceilings: MeasuredCeilings) -> Settings:
     """How the cases are to be measured."""
-
     return Settings(
         device=job.device,
         selection=job.selection,

@@ -256,6 +256,6 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def input_sets(nbytes: int, l2_bytes: int, most: int = 64) -> int:
-    """How many sets of inputs fill the L2 cache twice, so that none is still in it when its turn comes."""
-    return max(2, min(most, -(-2 * l2_bytes // max(nbytes, 1)) + 1))
+def input_sets(nbytes: int, l2_bytes: int) -> int:
+    """How many sets of inputs fill the L2 cache twice, so that none is still in it when its turn comes; 64 at most."""
+    return max(2, min(64, -(-2 * l2_bytes // max(nbytes, 1)) + 1))
