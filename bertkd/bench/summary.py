@@ -75,8 +75,7 @@ def _conditions(rows: Iterable[Row]) -> str:
 def _targets(rows: Sequence[Row]) -> str:
     kind = "gpu" if any(r.device and "cores" not in r.device for r in rows) else "cpu"
     table: list[tuple[str, ...]] = [("target", "wanted", "reached", "by", "reached / wanted")]
-    for outcome in outcomes(rows, kind):
-        table.append(_target_line(outcome))
+    table += map(_target_line, outcomes(rows, kind))
     return "## Targets\n\n" + _table(table)
 
 
@@ -133,23 +132,20 @@ def _of_kind(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             grouped.setdefault((places[row.case], row.mode, row.impl), {})[row.metric] = row
     for (_, mode, impl), found in sorted(grouped.items(), key=lambda item: item[0][:2]):
         some = next(iter(found.values()))
-
-        def median(metric: str, found: dict[str, Row] = found) -> str:
-            return number(found[metric].p50) if metric in found else ""
-
         share = found.get("roofline")
-        roofline = f"{share.p50:.0%} of {share.against}" if share and share.p50 else ""
-        error = "" if not some.error else f"{some.error:.0e}"
-        cells = (median("speedup"), median("memory"), roofline, median("throughput"))
+        medians = {metric: number(row.p50) for metric, row in found.items()}
         table.append(
             (
                 case_name(some),
                 mode,
                 impl,
                 _spread(found.get("time")),
-                *cells,
-                median("largest_batch"),
-                error,
+                medians.get("speedup", ""),
+                medians.get("memory", ""),
+                f"{share.p50:.0%} of {share.against}" if share and share.p50 else "",
+                medians.get("throughput", ""),
+                medians.get("largest_batch", ""),
+                f"{some.error:.0e}" if some.error else "",
                 some.commit[:7] if len(commits) > 1 else "",
             )
         )
