@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bertkd.bench.record import Row
 from bertkd.bench.summary import case_name
 from bertkd.study.files import write_through
-from bertkd.study.plots import COLOURS
+from bertkd.study.plots import COLOURS, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def _over_length(rows: Sequence[Row], path: Path) -> Path | None:
     kept = [r for r in sweep if r.batch * r.length * r.heads == tokens and r.p50 is not None]
     if not kept:
         return None
-    figure, axes = _panels(2)
+    figure, axes = panels(2, 10.0, 4.2, grid="both")
     for axis, metric, label in zip(axes, ("time", "memory"), ("ms", "MiB"), strict=True):
         for impl in _present(kept, metric):
             points = sorted((r.length, r) for r in kept if (r.impl, r.metric) == (impl, metric))
@@ -96,7 +96,7 @@ def _roofline(rows: Sequence[Row], path: Path) -> Path | None:
     if not kept:
         return None
     names = list(dict.fromkeys(case_name(r) for r in kept))
-    figure, (axis,) = _panels(1, width=9.0, height=1.2 + 0.62 * len(names))
+    figure, (axis,) = panels(1, 9.0, 1.2 + 0.62 * len(names), grid="both")
     _bars(axis, kept, names, unit=0.01)
     axis.margins(y=0.01)
     axis.axvline(100, color="0.35", linestyle="--", linewidth=1)
@@ -111,7 +111,7 @@ def _throughput(rows: Sequence[Row], path: Path) -> Path | None:
     if not kept:
         return None
     names = list(dict.fromkeys(case_name(r) for r in kept))
-    figure, (axis,) = _panels(1, width=9.0, height=1.4 + 0.7 * len(names))
+    figure, (axis,) = panels(1, 9.0, 1.4 + 0.7 * len(names), grid="both")
     for bars in _bars(axis, kept, names):
         axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
     axis.margins(x=0.12)
@@ -146,12 +146,10 @@ def _present(rows: Sequence[Row], metric: str) -> list[str]:
 
 def _style(impl: str) -> dict[str, Any]:
     place = _ORDER.index(impl) if impl in _ORDER else len(_ORDER) - 1
-    dashes = "-" if place < len(COLOURS) else "--"
-    marker = _MARKERS[place % len(_MARKERS)]
     return {
         "color": _PALETTE[place],
-        "marker": marker,
-        "linestyle": dashes,
+        "marker": _MARKERS[place],
+        "linestyle": "-" if place < len(COLOURS) else "--",
         "markersize": 5,
     }
 
@@ -174,20 +172,6 @@ def _log_lengths(axis: Axes, lengths: list[int]) -> None:
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("length L")
-
-
-def _panels(count: int, width: float = 10.0, height: float = 4.2):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="0.9")
-        axis.set_axisbelow(True)
-    return figure, list(axes)
 
 
 def _save(figure: Any, path: Path, title: str) -> Path:

@@ -47,7 +47,7 @@ def plot_losses(history: Mapping[str, Curve], path: str | Path, title: str) -> P
         raise ValueError("history is empty: there is no loss to plot.")
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure, axes = _panels(len(history), sharex=True)
+    figure, axes = panels(len(history), max(6.0, 4.2 * len(history)), sharex=True)
     for axis, colour, (term, (steps, values)) in zip(
         axes, _colours(len(history)), history.items(), strict=True
     ):
@@ -80,7 +80,7 @@ def plot_score_curves(
     """
     if not curves:
         raise ValueError("curves is empty: there is no score to plot.")
-    figure, axes = _panels(len(curves), sharex=True)
+    figure, axes = panels(len(curves), max(6.0, 4.2 * len(curves)), sharex=True)
     for axis, colour, (name, (steps, values)) in zip(
         axes, _colours(len(curves)), curves.items(), strict=True
     ):
@@ -113,7 +113,7 @@ def plot_score_bars(
         raise ValueError("scores is empty: there is nothing to plot.")
     names = list(dict.fromkeys(name for by_name in scores.values() for name in by_name))
     bars = len(names) * len(scores)
-    figure, (axis,) = _panels(1, width=max(6.0, 0.75 * bars + 2.0))
+    figure, (axis,) = panels(1, max(6.0, 0.75 * bars + 2.0))
     width = 0.8 / len(scores)
     for place, (model, by_name) in enumerate(scores.items()):
         present = [name for name in names if by_name.get(name)]
@@ -141,16 +141,17 @@ def plot_score_bars(
     return _save(figure, path, title)
 
 
-def _panels(count: int, *, sharex: bool = False, width: float | None = None):
+def panels(count: int, width: float, height: float = 4.0, *, sharex: bool = False, grid: str = "y"):
+    """A figure of ``count`` panels in a row, with lines along the axes of ``grid``: "x", "y" or "both"."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width or max(6.0, 4.2 * count), 4.0), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, count, sharex=sharex, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="0.9")
+        axis.grid(axis=grid, color="0.9")
         axis.set_axisbelow(True)
     return figure, list(axes)
 
