@@ -123,9 +123,9 @@ def make_plan(
         length=length,
         student_blocks=setup.student.spec.num_blocks,
         teacher_blocks=setup.teacher.spec.num_blocks,
-        student_parameters=_count(student),
-        teacher_parameters=_count(teacher),
-        objective_parameters=_count(objective),
+        student_parameters=count_parameters(student),
+        teacher_parameters=count_parameters(teacher),
+        objective_parameters=count_parameters(objective),
         student_attention=attention[1],
         teacher_attention=attention[0],
     )
@@ -140,7 +140,8 @@ def human_bytes(count: int) -> str:
     return f"{value:,.0f} {units[0]}" if whole else f"{value:.1f} {units[0]}"
 
 
-def _count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -148,8 +149,8 @@ def _element_size(module: nn.Module) -> int:
     return next(module.parameters()).element_size()
 
 
-def _shortened(text: str, most: int = 44) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
+def _shortened(text: str) -> str:
+    return text if len(text) <= 44 else text[:41] + "..."
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

@@ -40,7 +40,7 @@ def prepare(config: Config) -> Callable[[], None]:
         ValueError, FileNotFoundError: whatever cannot work, by the name of its option.
     """
     from bertkd.compiling import compile_in_place
-    from bertkd.study.costs import count_parameters
+    from bertkd.plan import count_parameters
     from bertkd.study.files import check_output_dir
     from bertkd.study.jobs import Job, run_job
     from bertkd.study.models import label_config, load_model, load_tokenizer

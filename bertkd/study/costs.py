@@ -11,6 +11,7 @@ from torch import nn
 
 from bertkd.encoders import describe
 from bertkd.functional import attention_kl
+from bertkd.plan import count_parameters
 from bertkd.study.latency import Latency, measure_latency
 from bertkd.study.memory import peak_extra_bytes
 
@@ -118,8 +119,3 @@ def measure_loss_memory(
 
     peaks = {impl: peak_extra_bytes(run(impl), device) for impl in ("eager", "auto")}
     return LossMemory(batch, heads, length, head_dim, peaks["eager"], peaks["auto"])
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 import bertkd
+from bertkd.plan import count_parameters
 from bertkd.study.card import (
     CLASSIFIER_USAGE,
     ENCODER_USAGE,
@@ -21,7 +22,6 @@ from bertkd.study.card import (
     model_card,
     teacher_facts,
 )
-from bertkd.study.costs import count_parameters
 from bertkd.study.files import claim_output_dir, write_json
 from bertkd.study.models import quiet_transformers
 from bertkd.study.plots import plot_losses, plot_score_curves
