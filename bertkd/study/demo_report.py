@@ -36,16 +36,10 @@ SENTENCE_FILES = (
 
 def score_table(result: DemoResult, runs: list[SeedResult]) -> Table:
     """Scores, size and speed of teacher, start and the students of ``runs``."""
-    costs, table = (
-        result.costs,
-        Table(["model", *SCORES.values(), "blocks", "parameters", "latency", "speed-up"]),
-    )
-    rows = {
-        "teacher": ([result.teacher], "teacher"),
-        "undistilled student": ([result.undistilled], "student"),
-        "distilled student": ([run.scores for run in runs], "student"),
-    }
-    for name, (scores, kind) in rows.items():
+    table = Table(["model", *SCORES.values(), "blocks", "parameters", "latency", "speed-up"])
+    costs = result.costs
+    for name, scores in _scores_by_model(result, runs).items():
+        kind = "teacher" if name == "teacher" else "student"
         seconds = costs.latency.seconds[kind]
         table.add(
             name,
@@ -56,6 +50,16 @@ def score_table(result: DemoResult, runs: list[SeedResult]) -> Table:
             f"{costs.latency.seconds['teacher'] / seconds:.2f}x",
         )
     return table
+
+
+def _scores_by_model(
+    result: DemoResult, runs: list[SeedResult]
+) -> dict[str, list[dict[str, float]]]:
+    return {
+        "teacher": [result.teacher],
+        "undistilled student": [result.undistilled],
+        "distilled student": [run.scores for run in runs],
+    }
 
 
 def memory_table(costs: Costs) -> Table:
@@ -101,14 +105,9 @@ def write_run(
 
 def write_report(result: DemoResult, output_dir: Path) -> None:
     """``results.json``, ``report.md`` and the bars of all runs; prints the tables."""
-    models = {
-        "teacher": [result.teacher],
-        "undistilled student": [result.undistilled],
-        "distilled student": [run.scores for run in result.runs],
-    }
     bars = {
         model: {name: [found[key] for found in scores] for key, name in SCORES.items()}
-        for model, scores in models.items()
+        for model, scores in _scores_by_model(result, result.runs).items()
     }
     title = f"{RETRIEVAL}: {result.queries} held-out queries, {_seeds(result)}"
     plot_score_bars(bars, output_dir / "bars.png", title)

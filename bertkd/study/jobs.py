@@ -131,10 +131,9 @@ def score_table(scores: Mapping[str, Scores]) -> Table:
 
 
 def _write(job: Job, results: list[TrainResult], scores: Mapping[str, Scores], path: Path) -> None:
-    seconds = {
-        stage.name: result.seconds for stage, result in zip(job.stages, results, strict=True)
-    }
-    for number, (stage, result) in enumerate(zip(job.stages, results, strict=True), start=1):
+    done = list(zip(job.stages, results, strict=True))
+    seconds = {stage.name: result.seconds for stage, result in done}
+    for number, (stage, result) in enumerate(done, start=1):
         title = f"{stage.name}: {stage.objective}"
         # A stage that patience stopped before its first row has none.
         if losses := loss_curves(result.history):
@@ -151,16 +150,15 @@ def _write(job: Job, results: list[TrainResult], scores: Mapping[str, Scores], p
             "stages": [stage.to_dict() for stage in job.stages],
             "seed": job.seed,
             "scores": scores,
-            "steps": {s.name: r.steps for s, r in zip(job.stages, results, strict=True)},
+            "steps": {stage.name: result.steps for stage, result in done},
             "seconds": seconds,
             "parameters": count_parameters(job.student),
             "bertkd": bertkd.__version__,
         },
     )
+    card = _card(job, scores, table, sum(seconds.values()), path)
     with quiet_transformers():
-        export(
-            job.student, job.tokenizer, path, _card(job, scores, table, sum(seconds.values()), path)
-        )
+        export(job.student, job.tokenizer, path, card)
     if table.rows and len(table.header) > 1:
         print(table.text())
     if job.untrained_head is not None:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 RETRIEVAL = "pydocs-retrieval"
 
-
 Judge = Callable[[nn.Module], dict[str, float]]
 Scores = dict[str, dict[str, float]]
 
