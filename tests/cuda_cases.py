@@ -70,10 +70,10 @@ def self_relation_rows(x_s, x_t, mask, **scales):
     return reference.relation_kl_rows(x_s, x_s, x_t, x_t, mask, **scales)
 
 
-def check_self_relation(shape, width_s, width_t, dtype, *, device="cpu", seed=0, masked=True):
+def check_self_relation(shape, width_s, width_t, dtype, *, device="cpu", seed):
     """The same for self_relation_kl, whose gradient goes through both roles."""
     (x_s, _), (x_t, _), mask = attention_inputs(
-        shape, width_s, width_t, dtype, device=device, seed=seed, masked=masked
+        shape, width_s, width_t, dtype, device=device, seed=seed, masked=True
     )
     weight = weights_of(shape, mask, seed=seed, device=device)
     actual = cuda.self_relation_kl_fwd_bwd(weight, x_s, x_t, mask, *SCALES.values())
@@ -98,10 +98,11 @@ def row_weights(rows, *, device="cpu"):
     return torch.linspace(-0.5, 1.5, rows).mul_(torch.arange(rows) % 4 != 1).to(device)
 
 
-def check_softmax(rows, width, dtypes, *, device="cpu", temperature=1.5, offset=0, gap=0):
+def check_softmax(rows, width, dtypes, *, device="cpu", offset=0, gap=0):
     """Loss, gradient and rows of softmax_kl against float64; rows of weight 0 hold NaN and are not read."""
     z_s = matrix(rows, width, dtypes[0], device=device, seed=0, offset=offset, gap=gap)
     z_t = matrix(rows, width, dtypes[1], device=device, seed=1, offset=offset, gap=gap)
+    temperature = 1.5
     want = reference.softmax_kl_rows(z_s.double(), z_t.double(), temperature)
     actual = cuda.softmax_kl_rows(z_s, z_t, temperature)
     torch.testing.assert_close(actual.double(), want, rtol=1e-5, atol=2e-6)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import tiny_batch, tiny_model
+from tiny_models import gradients, tiny_batch, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bertkd.capture import Capture
@@ -47,12 +47,6 @@ def loss_of(recording):
     found = [*recording.q.values(), *recording.v.values(), *recording.states.values()]
     loss = sum(tensor.tanh().square().sum() for tensor in found)
     return loss + sum((recording.k[i] * recording.q[i]).mean() for i in recording.q)
-
-
-def gradients(model):
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
 
 
 def assert_same_gradients(got, want):

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import MODEL_TYPES, tiny_batch, tiny_model
+from tiny_models import MODEL_TYPES, gradients, tiny_batch, tiny_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -50,12 +50,6 @@ def captured_loss(recording):
         (recording.q[i] @ recording.k[i].mT * recording.scale[i]).softmax(-1) for i in recording.q
     ]
     return loss_of(maps, recording.states.values())
-
-
-def gradients(model):
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
 
 
 def assert_same_gradients(got, want):

@@ -128,8 +128,8 @@ def test_what_is_exported_for_other_runtimes_holds_operators_of_pytorch_only(
         torch.testing.assert_close(loaded(*[batch[name] for name in names])[0], want)
 
 
-def heads(length=6, keys=None, dtype=torch.float32, count=2):
-    return [torch.randn(2, count, n, 8, dtype=dtype) for n in (length, keys or length)][:2]
+def heads(length=6, keys=None, dtype=torch.float32):
+    return [torch.randn(2, 2, n, 8, dtype=dtype) for n in (length, keys or length)]
 
 
 @pytest.mark.parametrize(

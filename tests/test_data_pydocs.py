@@ -97,7 +97,7 @@ def test_no_text_stands_on_two_sides(task, request):
     assert not texts["validation"] & texts["test"]
 
 
-def some_docstrings(names, texts, signature="()"):
+def some_docstrings(names, texts):
     """One function for each text, in turn of one of the packages; each in a module of its own."""
     return [
         Docstring(
@@ -106,7 +106,7 @@ def some_docstrings(names, texts, signature="()"):
             module=f"{package}.m{i}",
             qualname=f"f{i}",
             kind="function",
-            signature=signature,
+            signature="()",
             text=text,
             path="",
         )

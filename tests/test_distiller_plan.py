@@ -8,19 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_batch, tiny_model
+from tiny_models import tiny_batch, tiny_model, tiny_pair
 
 from bertkd import encoders
 from bertkd.distiller import Distiller
 
 
-def models(**student):
-    teacher = tiny_model("bert", layers=4)
-    return teacher, tiny_model("bert", **{"layers": 2, "seed": 1, **student})
-
-
 def test_plan_counts_parameters_and_bytes():
-    teacher, student = models(hidden=16)
+    teacher, student = tiny_pair(hidden=16)
     distiller = Distiller(teacher, student, "att_kl + 0.5*hid_seq + qkv_kl")
     plan = distiller.plan(batch_size=2, length=10)
     assert plan.teacher_parameters == sum(p.numel() for p in teacher.parameters())
@@ -45,17 +40,20 @@ def test_plan_counts_parameters_and_bytes():
 def test_pairs_that_all_terms_share_are_of_blocks_and_a_terms_own_of_states():
     objective = "att_kl + hid_seq + hid_cls + hid_cos + hid_cos(map='0:0,2:4')"
     uniform, explicit, array = (
-        [term.layer_map for term in Distiller(*models(), objective, layer_map=pairs).plan().terms]
+        [
+            term.layer_map
+            for term in Distiller(*tiny_pair(), objective, layer_map=pairs).plan().terms
+        ]
         for pairs in ("uniform", "0:1,1:3", np.array([[0, 1], [1, 3]]))
     )
     assert explicit == ["0:1,1:3", "1:2,2:4", "1:2,2:4", "1:2,2:4", "0:0,2:4"]
     assert uniform == array == explicit
     with pytest.raises(ValueError, match=r"term hid_seq: .*teacher block 4 is out of range"):
-        Distiller(*models(), "hid_seq", layer_map="0:1,1:4")
+        Distiller(*tiny_pair(), "hid_seq", layer_map="0:1,1:4")
 
 
 def test_fused_bytes_grow_with_length_and_naive_ones_with_its_square():
-    teacher, student = models()
+    teacher, student = tiny_pair()
     distiller = Distiller(teacher, student, "att_kl + val_kl + qkv_kl + att_pearson")
     short, long = (distiller.plan(8, length).terms for length in (60, 120))
     for a, b in zip(short, long, strict=True):
@@ -67,7 +65,7 @@ def test_fused_bytes_grow_with_length_and_naive_ones_with_its_square():
 @pytest.mark.parametrize("sizes", [(0, 8), (2, 0), (2, 2.5), (2, 131)])
 def test_plan_refuses_sizes_that_cannot_be(sizes):
     with pytest.raises((TypeError, ValueError), match=r"batch_size|length"):
-        Distiller(*models(), "att_kl").plan(*sizes)
+        Distiller(*tiny_pair(), "att_kl").plan(*sizes)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +80,12 @@ def example():
 def test_the_trainer_example_resumes_bitwise_and_loads_the_best(example, tmp_path):
     from transformers import TrainingArguments
 
-    batch = tiny_batch(models()[0], batch=8, padding=None)
+    batch = tiny_batch(tiny_pair()[0], batch=8, padding=None)
     rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
 
     def trainer(steps, **options):
         # hid_seq with widths that differ trains a projection.
-        teacher, student = models()[0], tiny_model("bert", layers=2, hidden=16, seed=1)
+        teacher, student = tiny_pair()[0], tiny_model("bert", layers=2, hidden=16, seed=1)
         arguments = {
             "max_steps": steps,
             "per_device_train_batch_size": 2,
@@ -123,11 +121,11 @@ def test_the_trainer_example_resumes_bitwise_and_loads_the_best(example, tmp_pat
 def test_gradient_checkpointing_changes_nothing_but_memory(example, tmp_path):
     from transformers import TrainingArguments
 
-    batch = tiny_batch(models()[0], batch=4, padding=None)
+    batch = tiny_batch(tiny_pair()[0], batch=4, padding=None)
     rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
     trained, recomputed = [], []
     for checkpointing in (False, True):
-        teacher, student = models(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        teacher, student = tiny_pair(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         block = encoders.block_list(student)[0]
         forward, calls = block.attention.forward, []
         block.attention.forward = lambda *a, run=forward, n=calls, **k: n.append(1) or run(*a, **k)
@@ -159,13 +157,13 @@ def test_the_trainer_example_refuses_what_it_would_ignore(example, option, tmp_p
 
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, **{option: 0.1})
     with pytest.raises(ValueError, match=f"{option} has no use here"):
-        example.DistillTrainer(Distiller(*models(), "att_kl"), arguments)
+        example.DistillTrainer(Distiller(*tiny_pair(), "att_kl"), arguments)
 
 
 def test_the_trainer_example_keeps_columns_and_saves_a_plain_student(example, tmp_path):
     from transformers import AutoModel, TrainingArguments
 
-    teacher, student = models()
+    teacher, student = tiny_pair()
     batch = tiny_batch(teacher, batch=4, padding=None)
     rows = [
         {**{k: v[i] for k, v in batch.items()}, "index": torch.tensor(i), "title": "x"}

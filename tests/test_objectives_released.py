@@ -68,8 +68,8 @@ def sharp():
     return Pair(sharp=150.0)
 
 
-def same(got, expected, rtol=1e-4):
-    torch.testing.assert_close(got.detach(), expected.float(), rtol=rtol, atol=1e-6)
+def same(got, expected):
+    torch.testing.assert_close(got.detach(), expected.float(), rtol=1e-4, atol=1e-6)
 
 
 def naive_att_mse(pair):

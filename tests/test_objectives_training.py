@@ -7,15 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_batch, tiny_model
+from tiny_models import tiny_batch, tiny_model, tiny_pair
 
 from bertkd.distiller import Distiller
 from bertkd.objectives import PRESETS, TERMS, read_objective
-
-
-def models(**student):
-    teacher = tiny_model("bert", layers=4)
-    return teacher, tiny_model("bert", **{"layers": 2, "seed": 1, **student})
 
 
 def run(objective, teacher, student, batch):
@@ -23,7 +18,7 @@ def run(objective, teacher, student, batch):
 
 
 def test_weights_multiply_and_terms_are_reported_unweighted():
-    teacher, student = models()
+    teacher, student = tiny_pair()
     batch = tiny_batch(teacher)
     output = Distiller(teacher, student, "0.5*att_kl + 3*hid_seq + att_kl(map='last')")(batch)
     alone = {text: run(text, teacher, student, batch) for text in ("att_kl", "hid_seq")}
@@ -188,7 +183,7 @@ def test_a_preset_in_a_sum_takes_the_weight_before_it():
 
 
 def test_building_does_not_depend_on_the_default_device():
-    teacher, student = models(hidden=16)
+    teacher, student = tiny_pair(hidden=16)
     objective = "hid_seq + att_kl(map='random') + hid_cls_contrast(mode='queue')"
     batch = tiny_batch(teacher)
     losses = []
@@ -201,7 +196,7 @@ def test_building_does_not_depend_on_the_default_device():
 
 
 def test_building_is_deterministic_and_leaves_the_global_generators_alone(monkeypatch):
-    teacher, student = models(hidden=16)
+    teacher, student = tiny_pair(hidden=16)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs reseeded"))
     state = torch.get_rng_state()
     weights = [

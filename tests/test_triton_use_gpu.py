@@ -21,9 +21,9 @@ OPS = sorted(verify.TENSORS)
 NO_WAITING = [op for op in OPS if op != "linear_kl"]
 
 
-def case_of(op, length=125, dtype=torch.bfloat16, seed=0):
+def case_of(op, length=125, seed=0):
     sizes = verify.Sizes(length=length, vocabulary=1000)
-    return verify.random_case(op, [dtype] * verify.TENSORS[op], sizes, DEVICE, seed)
+    return verify.random_case(op, [torch.bfloat16] * verify.TENSORS[op], sizes, DEVICE, seed)
 
 
 def launcher(op):

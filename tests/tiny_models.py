@@ -120,3 +120,16 @@ def tiny_batch(
     if labels:
         tensors["labels"] = torch.randint(config.num_labels, (batch,), generator=generator)
     return tensors
+
+
+def tiny_pair(**student) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A BERT of four blocks and one of two, which ``student`` may change."""
+    teacher = tiny_model("bert", layers=4)
+    return teacher, tiny_model("bert", **{"layers": 2, "seed": 1, **student})
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that a model has, by name; afterwards it has none."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found

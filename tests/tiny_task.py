@@ -34,22 +34,18 @@ def review_rows(count: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def save_reviews(folder: Path, *, train: int = 64, rest: int = 24) -> str:
+def save_reviews(folder: Path) -> str:
     """Write ``train.csv``, ``validation.csv`` and ``test.csv``; returns the folder's name."""
     folder.mkdir(parents=True, exist_ok=True)
-    for seed, (split, count) in enumerate(
-        {"train": train, "validation": rest, "test": rest}.items()
-    ):
+    for seed, (split, count) in enumerate({"train": 64, "validation": 24, "test": 24}.items()):
         save_csv(folder / f"{split}.csv", review_rows(count, seed))
     return str(folder)
 
 
-def save_csv(
-    path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] = ("text", "label")
-) -> str:
+def save_csv(path: Path, rows: list[dict[str, str]]) -> str:
     """Write a CSV file with a header, also without any rows; returns its name."""
     with path.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, columns)
+        writer = csv.DictWriter(handle, ("text", "label"))
         writer.writeheader()
         writer.writerows(rows)
     return str(path)

@@ -25,14 +25,14 @@ class Output:
 class TinyModel(nn.Module):
     """Mean of embeddings, a layer with dropout, a head; ``unused`` never gets a gradient."""
 
-    def __init__(self, width: int = 8, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCAB, width)
-        self.layer = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.layer = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width, CLASSES)
-        self.unused = nn.Linear(width, width)
+        self.head = nn.Linear(8, CLASSES)
+        self.unused = nn.Linear(8, 8)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         mask = attention_mask.unsqueeze(-1).float()
