@@ -40,7 +40,7 @@ _NAME_BLIND = ("eager", "sdpa", "flex_attention", cpu_attention.NAME)
 
 @contextmanager
 def intercept(
-    config: PretrainedConfig, instead_of_sdpa: str | None = None, has_pads: bool = False
+    config: PretrainedConfig, instead_of_sdpa: str | None, has_pads: bool
 ) -> Iterator[None]:
     """Let the models that hold ``config`` call the listeners of their attention modules.
 

@@ -65,9 +65,9 @@ class Session:
         blocks: frozenset[int],
         states: frozenset[int],
         stop: bool,
-        instead_of_sdpa: str | None = None,
-        parts: str = "qkv",
-        has_pads: bool = False,
+        instead_of_sdpa: str | None,
+        parts: str,
+        has_pads: bool,
     ) -> None:
         self.recording = Recording()
         self.blocks, self.states, self.parts = blocks, states, parts

@@ -42,9 +42,8 @@ class Needs:
     teacher_logits: bool = False
     labels: bool = False
     index: bool = False
-    teacher_parts: frozenset[str] = (
-        frozenset()
-    )  # "q", "k", "v" of the teacher's blocks; all if empty
+    # "q", "k" and "v" of the teacher's blocks; all if empty.
+    teacher_parts: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.teacher_blocks and not self.teacher_parts:

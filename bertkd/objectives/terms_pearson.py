@@ -66,7 +66,7 @@ class AttPearson(AttentionTerm):
         return Memory(naive, naive if self.axes == "all" else pairs * self.fused_rows(shape))
 
 
-def pearson(x: Tensor, y: Tensor, dim: int, valid: Tensor | None = None) -> Tensor:
+def pearson(x: Tensor, y: Tensor, dim: int, valid: Tensor | None) -> Tensor:
     """Pearson correlation along ``dim``, over entries where ``valid``; constant slices give 0."""
     if valid is None:
         x_c, y_c = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)

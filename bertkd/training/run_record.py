@@ -23,6 +23,8 @@ from bertkd.errors import CheckpointError
 from bertkd.training.recipe import Stage
 from bertkd.training.rng import kept_rng
 
+SAMPLE = 64  # examples, spread over the data
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +35,7 @@ def describe_run(
     data: Any,
     lengths: Sequence[int],
     accelerator: Accelerator,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The run as plain values: its settings, its data and teacher by checksum, and what it runs on.
 
@@ -117,10 +119,10 @@ def identity(model: Any) -> str:
     return f"weights {_checksum(weight for name, weight in named if 'pooler' not in name):08x}"
 
 
-def _checksum_of_sample(data: Any, size: int = 64) -> int:
+def _checksum_of_sample(data: Any) -> int:
     """CRC-32 of tokens and labels of some examples; other data may have the same lengths."""
     checksum = 0
-    rows = sorted({i * (len(data) - 1) // (size - 1) for i in range(size)})
+    rows = sorted({i * (len(data) - 1) // (SAMPLE - 1) for i in range(SAMPLE)})
     with kept_rng(0):  # reading an example may draw
         for row in rows:
             example = data[row]

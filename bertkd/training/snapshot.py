@@ -67,7 +67,10 @@ def take(
     model, aliases = _model_tensors(module)
     trainer = {
         "state": asdict(state),
-        "groups": [_plain_group(group) for group in optimizer.param_groups],
+        "groups": [
+            {key: value for key, value in group.items() if key not in _MACHINE}
+            for group in optimizer.param_groups
+        ],
         "trained": _trained(module, optimizer),
         "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
         "scaler": scaler.state_dict() if scaler is not None else None,
@@ -199,7 +202,3 @@ def _restore_optimizer(
     for group, values in zip(wanted["param_groups"], saved, strict=True):
         group.update(values, betas=tuple(values["betas"]))
     optimizer.load_state_dict({"state": state, "param_groups": wanted["param_groups"]})
-
-
-def _plain_group(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in _MACHINE}
