@@ -134,26 +134,24 @@ def _cosine(arch: int, student: str, teacher: str, width: int) -> Case:
 
 
 def _proj(arch: int, dtype: str, width: int, n_rows: int) -> Case:
-    return _gemm(arch, "hidden_proj_mse", f"N={n_rows}", dtype, dtype, dtype, width, n_rows, 1, 1)
+    return _gemm(arch, "hidden_proj_mse", f"N={n_rows}", dtype, dtype, width, n_rows, 1, 1)
 
 
 def _combine(arch: int, dtype: str) -> Case:
-    return _gemm(
-        arch, "hidden_combine_mse", "12 to 4 states", dtype, dtype, dtype, 768, 16384, 12, 4
-    )
+    return _gemm(arch, "hidden_combine_mse", "12 to 4 states", dtype, dtype, 768, 16384, 12, 4)
 
 
 def _mixed_proj(arch: int) -> Case:
-    return _gemm(arch, "hidden_proj_mse", "N=16384", "bf16", "fp32", "bf16", 768, 16384, 1, 1)
+    return _gemm(arch, "hidden_proj_mse", "N=16384", "bf16", "fp32", 768, 16384, 1, 1)
 
 
 def _tf32_proj(arch: int) -> Case:
     form = "N=16384 tf32"
-    return _gemm(arch, "hidden_proj_mse", form, "fp32", "fp32", "fp32", 768, 16384, 1, 1)
+    return _gemm(arch, "hidden_proj_mse", form, "fp32", "fp32", 768, 16384, 1, 1)
 
 
-def _gemm(arch, op, form, inputs, weight, targets, width, n_rows, n_inputs, n_targets) -> Case:
-    compute = inputs if inputs == weight else "fp32"
+def _gemm(arch, op, form, states, weight, width, n_rows, n_inputs, n_targets) -> Case:
+    compute = states if states == weight else "fp32"
     config = _with(
         _split(proj_config(n_rows, width, DTYPES[compute], math.gcd(8, width))),
         stride_rw=1,
@@ -165,15 +163,15 @@ def _gemm(arch, op, form, inputs, weight, targets, width, n_rows, n_inputs, n_ta
     return Case(
         op=op,
         form=form,
-        dtype=inputs if inputs == weight else f"{inputs}/{weight}",
+        dtype=states if states == weight else f"{states}/{weight}",
         width=width,
         arch=arch,
         kernel=hidden_proj_mse_kernel,
         signature={
-            "inputs": (f"*{inputs}",) * n_inputs,
+            "inputs": (f"*{states}",) * n_inputs,
             "weight": f"*{weight}",
             "bias": f"*{weight}",
-            "targets": (f"*{targets}",) * n_targets,
+            "targets": (f"*{states}",) * n_targets,
             "outputs": (f"*{compute}",) * n_targets,
             "row_weight": "*fp32",
             "losses": "*fp32",
