@@ -146,7 +146,7 @@ def _chance(accuracy: float, rows: int) -> str:
     points = 100 * math.sqrt(accuracy * (1 - accuracy) / rows)
     return (
         f"All seeds share {rows:,} test rows, which give an accuracy of {accuracy:.3f} a standard error of "
-        f"{points:.1f} points; the ± of the seeds does not hold it."
+        f"{points:.1f} points; the ± of the seeds does not include it."
     )
 
 
