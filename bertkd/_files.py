@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also when the power goes; where those lie that can be made anew."""
+"""Files that appear whole or not at all, even if the power fails, and the folder of the caches."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _GRAPHS = 64
 
 
 def compile_in_place(*models: nn.Module, **options: Any) -> None:
-    """Compile each model as a whole, without another name for its weights; one that is compiled already is left.
+    """Compile each model as a whole, without renaming its weights; one that is compiled already is left alone.
 
     Args:
         models: any modules.

@@ -34,7 +34,7 @@ def use_cpu_attention(model: PreTrainedModel) -> str | None:
     Equivalent to `register` and ``model.set_attn_implementation("bertkd_cpu")``; ``set_attn_implementation("sdpa")``
     undoes it. The name is in no checkpoint that the model writes, but in a pickle of it: call `register` in the process
     that unpickles it, or undo it before. A program of ``torch.export`` holds the kernel: import `bertkd.cpu_attention`
-    where it is loaded, or undo it before. A Distiller does without this: it lends its models the kernel for the time
+    where it is loaded, or undo it before. A Distiller does not need this: it lends its models the kernel for the time
     of its own forward.
 
     Args:

@@ -301,7 +301,7 @@ class Distiller(nn.Module):
         """The batch as the models get it, without a mask of ones, and whether it is known to have pads.
 
         Models on SDPA would each ask the device, the second once the first has run to its end; a GPU would be
-        without work meanwhile. Here it is asked once, before there is anything to wait for.
+        idle meanwhile. Here it is asked once, before there is anything to wait for.
         """
         mask = batch.get("attention_mask")
         if mask is None or torch.compiler.is_compiling():

@@ -139,7 +139,7 @@ def check_map(spec: MapSpec) -> None:
     """Refuse a map that neither blocks nor states could read, before their numbers are known.
 
     Raises:
-        TypeError, ValueError: as `state_pairs`, but for numbers out of range.
+        TypeError, ValueError: as `state_pairs`, except for numbers out of range.
     """
     if not (isinstance(spec, str) and _is_name(spec)):
         _read_pairs(spec)

@@ -77,7 +77,7 @@ class StageOptions:
     restore: Literal["best", "last"] | None = None
 
     def given(self) -> dict[str, Any]:
-        """The fields of a ``Stage`` that were given, but for ``patience``; see ``patient``."""
+        """The fields of a ``Stage`` that were given, except ``patience``; see ``patient``."""
         names = [f.name for f in fields(StageOptions) if f.name != "patience"]
         found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
@@ -144,7 +144,7 @@ class RunOptions:
 
 
 def overridden(recipe: Recipe, stage: StageOptions, run: RunOptions) -> Recipe:
-    """The recipe with every option that was given in place of its own value, but for ``patience``.
+    """The recipe with every option that was given in place of its own value, except ``patience``.
 
     Raises:
         ValueError: a value that makes no sense.

@@ -3,8 +3,8 @@ for fp64 inputs) and return that; the gradient has the dtype of its tensor, and 
 
 Common arguments:
     mask: (B, L) bool or integer, 1 = real token. Pad keys take no part in a softmax, pad rows in no mean.
-        What pads hold must be finite. Other than by impl="eager" the logit losses take anything there; so do, with
-        a reduction, hidden_mse without a projection and hidden_cosine.
+        What pads hold must be finite. With any impl but "eager" the logit losses take anything there, and so do
+        hidden_mse without a projection and hidden_cosine if there is a reduction.
     count_pads: True lets pad rows count in the mean, as the paper's released code does.
     row_weight: (B, L) or (B,), multiplies rows and leaves the count alone; it gets no gradient.
     reduction: "mean" over the rows that count (and heads, widths), "sum", or "none" for the rows themselves.

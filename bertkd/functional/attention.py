@@ -137,7 +137,7 @@ def _relation_kl(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    """``relation_kl`` for whoever calls it, whose name and argument names the errors bear."""
+    """``relation_kl``, with errors that use the caller's name ``op`` and its argument ``names``."""
     check_options(op, reduction, temperature)
     check_clamps(op, min_prob=min_prob)
     compared = _compare(

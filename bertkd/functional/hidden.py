@@ -164,7 +164,7 @@ def hidden_cosine(
 ) -> Tensor:
     """Mean of 1 - cos(h_s, h_t) over real tokens.
 
-    Equivalent, without masks, to ``(1 - cosine_similarity(h_s, h_t, -1)).mean()``, but for students' vectors of a
+    Equivalent, without masks, to ``(1 - cosine_similarity(h_s, h_t, -1)).mean()``, except for students' vectors of a
     norm up to 1e-8: they have cosine 0 and no gradient (PyTorch's is up to 1e8, and NaN in float16).
 
     Args:

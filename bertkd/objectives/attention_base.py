@@ -61,7 +61,7 @@ class AttentionTerm(MappedTerm):
                 )
 
     def own_scales(self, step: StepContext) -> tuple[float | None, float | None]:
-        """The models' own factors on the scores, the same for all blocks; None leaves re-split heads theirs.
+        """The models' own factors on the scores, the same for all blocks; None for re-split heads, which have others.
 
         Raises:
             ValueError: a model's blocks have different factors.
@@ -117,7 +117,7 @@ def check_heads(
     """Check heads that have to be compared one by one, or the relation heads made of them.
 
     Raises:
-        ValueError: head counts differ without ``relation_heads``, it divides not both widths, or the
+        ValueError: head counts differ without ``relation_heads``, it does not divide both widths, or the
             term does not take it (``resplits``).
     """
     if relation_heads is not None and not resplits:
@@ -143,9 +143,9 @@ def check_heads(
 
 
 def default_relation_heads(student: Side, teacher: Side) -> int:
-    """Most relation heads with 16 teacher and 6 student channels each: 48 for base, 64 for large.
+    """Most relation heads with at least 16 teacher and 6 student channels each: 48 for base, 64 for large.
 
-    Six, as a student of width 384 has them in the source where it learns from a large teacher.
+    Six is what a student of width 384 has in the source when it learns from a large teacher.
     """
     ours, theirs = student.width, teacher.width
     most = max(1, min(theirs // 16, ours // 6))

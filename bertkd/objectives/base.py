@@ -157,7 +157,7 @@ class StepContext:
 
     @cached_property
     def examples(self) -> Tensor | None:
-        """(B,), true at sequences with a real token: others fill a batch up. None where no mask is given."""
+        """(B,), true at sequences with a real token: the others only fill the batch up. None if there is no mask."""
         return None if self.mask is None else self.mask.bool().any(1)
 
     def sum(self, per_example: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class Term(nn.Module):
 class MappedTerm(Term):
     """A term over pairs of layers; subclasses say whether those are blocks or states.
 
-    ``pairs`` are a subclass's in place of a map; no user can write them, as they are not keyword-only.
+    A subclass may give ``pairs`` in place of a map; users cannot, as only keyword-only arguments are options.
     """
 
     STATES: ClassVar[bool] = False

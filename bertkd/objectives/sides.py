@@ -17,7 +17,7 @@ _HEADS = {
     "ForTokenClassification": "token",
     "ForMaskedLM": "mlm",
 }
-# Their output has no .logits, or logits that are no rows of classes (ELECTRA's discriminator: one a token).
+# Their output has no .logits, or logits that are not rows of classes (ELECTRA's discriminator has one per token).
 _FOREIGN = ("ForPreTraining", "ForQuestionAnswering", "ForMultipleChoice")
 _PROBLEMS = {
     "regression": "regression",

@@ -58,7 +58,7 @@ def _scaled(grads: Sequence[Tensor | None], factor: Tensor, in_place: bool) -> l
 
 
 def _by_kernel(grads: Sequence[Tensor | None], factor: Tensor) -> Sequence[int]:
-    """Multiplies in place what the Triton kernel can, and says which these were."""
+    """Multiply in place what the Triton kernel can; returns the places of those gradients."""
     # A fake tensor says that it is on a GPU too, but has no memory that a kernel could read.
     if type(factor) is not Tensor or not factor.is_cuda or unavailable("triton") is not None:
         return ()
@@ -85,7 +85,7 @@ def _is_last_visit(upstream: Tensor) -> bool:
 
 
 def _is_one(factor: Tensor) -> bool:
-    """Whether a multiplication can be spared, where looking costs nothing: on a GPU it would wait for it."""
+    """Whether the factor is seen to be 1, which spares a multiplication; on a GPU looking would mean waiting."""
     return type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1
 
 
@@ -170,7 +170,7 @@ def _total(losses: list[Tensor]) -> Tensor:
 
 
 def _rows(op: str, impl: str, args: Sequence[Arg], row_weight: Tensor) -> Tensor:
-    """Every row of an op; where a row is dear, those that do not count are left out and come out as 0."""
+    """Every row of an op; where rows are expensive, those that do not count are left out and come out as 0."""
     counted = (row_weight,) if op in LEAVES_ROWS_OUT else ()
     return OPS[f"{op}_rows"](*args, *counted, impl)
 
@@ -268,8 +268,7 @@ def _divided(weight: Tensor, divisor: Tensor) -> Tensor:
 
 
 def _without_twins(flat: list[Any]) -> list[Any]:
-    """The arguments of a call with a view in place of a tensor that has come before, for graphs, which take none
-    twice."""
+    """The arguments of a call, with a view in place of a tensor that occurs again: a graph takes no tensor twice."""
     if not torch.compiler.is_compiling():
         return flat
     seen: list[Tensor] = []
@@ -285,7 +284,7 @@ def _without_twins(flat: list[Any]) -> list[Any]:
 
 def _total_loss(op, impl, row_weight, calls, groups, wrt) -> Tensor:
     if len(calls) > 1 and torch.compiler.is_compiling():
-        # At once they would spare the host nothing in a graph, and what they share is not for it to trace.
+        # In a graph, one call for all would save the host nothing, and what the calls share must not be traced.
         return _total([_total_loss(op, impl, row_weight, [call], groups, wrt) for call in calls])
     if any(_needs_grad(call, wrt) for call in calls):
         flat = _without_twins(list(chain.from_iterable(calls)))

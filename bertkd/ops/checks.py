@@ -21,8 +21,8 @@ _RANK_HINTS = {
 
 
 def check_tensors(op: str, rank: int | None, **tensors: Tensor) -> None:
-    """Refuse what is no tensor, integer dtypes, DTensors, a wrong rank (any but 0 for None), a width of 0, and a mix
-    of devices."""
+    """Refuse what is not a floating-point tensor of ``rank`` dimensions (None: one or more), DTensors, a width of 0,
+    and a mix of devices."""
     device: tuple[str, torch.device] | None = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -66,7 +66,7 @@ def check_mask(op: str, mask: Tensor, rows: tuple[int, ...], device: torch.devic
 
 
 def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    """Refuse a tensor beside the others' device."""
+    """Refuse a tensor that is not on the others' device."""
     if tensor.device != device:
         raise ValueError(
             f"{op}: {name} is on {tensor.device}, the tensors on {device}. Move it there."
@@ -117,7 +117,7 @@ def check_number(op: str, name: str, value: float) -> None:
 
 
 def check_clamps(op: str, min_prob: float | None = None, min_score: float | None = None) -> None:
-    """Refuse a clamp of the released code that is no finite number, or of probabilities none between 0 and 1."""
+    """Refuse a clamp of the released code that is not a finite number, and a ``min_prob`` outside (0, 1)."""
     for name, value in (("min_prob", min_prob), ("min_score", min_score)):
         if value is not None:
             check_number(op, name, value)

@@ -66,7 +66,7 @@ SCHEMAS = {
 
 FORMS = ("rows", "sum", "fwd_bwd")
 
-# Ops whose rows are projected first: their row form takes the weights too, and makes 0 of rows that weigh nothing.
+# Ops whose rows are projected first: their row form takes the weights too, and gives 0 for rows of weight 0.
 LEAVES_ROWS_OUT = ("linear_kl",)
 
 
@@ -171,7 +171,7 @@ def _kernel(name: str):
         tensors = float_tensors(inputs if form == "rows" else inputs[1:])
         choice = resolve(stem, impl, tensors, form, masked=has_mask(inputs))
         if form != "rows" and choice.impl != "chunked":
-            # Float64 only beside a block of float64 in the same loss; the kernels read float32.
+            # The weights are float64 only if another block of the loss is; the kernels read float32.
             inputs[0] = inputs[0].float()
         function = getattr(implementation(choice.impl), name)
         if row_weight is not None:
@@ -179,7 +179,7 @@ def _kernel(name: str):
         device = tensors[0].device.type
         if not torch.is_autocast_enabled(device):
             return function(*inputs)
-        # It would run the products in half precision.
+        # Autocast would run the products in half precision.
         with torch.autocast(device, enabled=False):
             return function(*inputs)
 

@@ -62,12 +62,12 @@ class Comparison(NamedTuple):
 def random_case(
     op: str, dtypes: Sequence[torch.dtype], sizes: Sizes, device: torch.device | str, seed: int = 0
 ) -> list[Any]:
-    """Arguments of ``<op>_fwd_bwd``: whole and half sequences in turn, of three or more the last of pads only.
+    """Arguments of ``<op>_fwd_bwd``: sequences of full and half length in turn; of three or more the last is all pads.
 
     Args:
         op: stem of the op, e.g. ``"relation_kl"``.
-        dtypes: of the op's floating-point tensors in order, biases left out, which get that of their weight. Ops on
-            lists of states take the first for the student's and the last for the teacher's.
+        dtypes: of the op's floating-point tensors in order, without biases, which get their weight's. Ops on lists of
+            states take the first for the student's and the last for the teacher's.
         sizes: see ``Sizes``.
         device: where the tensors are made.
         seed: of the numbers.

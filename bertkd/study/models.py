@@ -121,7 +121,7 @@ def load_model(
 
 
 def _refuse_new_weights(model: PreTrainedModel, missing: Iterable[str], has_head: bool) -> None:
-    """Refuse an encoder, or a head that the checkpoint says it has, of random numbers as the checkpoint lacks it.
+    """Refuse a checkpoint that lacks weights of its encoder, or of the head that it says it has: they would be random.
 
     Transformers only mentions it, in a report that ``quiet_transformers`` holds back.
     """

@@ -160,7 +160,7 @@ class _Attempt:
             scores = judge_all(model, workload)
         shutil.rmtree(training)
         run = Run(self.method, self.seed, scores, taken, time.monotonic() - start, curve)
-        # An earlier one with other settings would answer for what is saved now, if this were the end.
+        # Killed in `save`, the run must leave no earlier record, which would pass for that of the files saved now.
         (self.folder / "run.json").unlink(missing_ok=True)
         save()
         write_json(self.folder / "run.json", {**asdict(run), **self.identity})

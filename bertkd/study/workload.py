@@ -219,7 +219,7 @@ def _refuse_others(model: nn.Module, task: TaskData, role: str) -> bool:
 
 def _label_judge(data: TaskData, rows: EncodedRows, collate: Collator) -> Judge:
     def judge(model: nn.Module) -> dict[str, float]:
-        # It judges many times in a training, so that a warning has no place here.
+        # Called many times in a training, so it must not warn.
         _refuse_others(model, data, "model")
         logits, labels = predict(model, rows, collate)
         return compute_metrics(data.metric_names, logits, labels)

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, also when the power goes, and what a kill leaves behind."""
+"""Directories that appear whole or not at all, even if the power fails, and what a kill leaves behind."""
 
 from __future__ import annotations
 

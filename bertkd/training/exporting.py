@@ -51,7 +51,7 @@ def export(student: Any, tokenizer: Any | None, path: str | Path, card_text: str
             card = card_text.rstrip() or f"# {path.name}"
             (temporary / "README.md").write_text(f"{card}\n\n{MARK}\n", encoding="utf-8")
     except Exception as error:
-        # Of a full disk: safetensors' own kind, and of a tokenizer one of no kind at all.
+        # On a full disk safetensors raises an error of its own, and a tokenizer a plain Exception.
         if type(error) not in (SafetensorError, Exception):
             raise
         raise OSError(errno.EIO, f"{path} could not be written ({error})") from error

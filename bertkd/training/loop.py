@@ -119,7 +119,7 @@ def train(
         accelerator = make_accelerator(stage.precision, log_with, output_dir / "logs")
     check_accelerator(accelerator, stage.precision)
     device, main = accelerator.device, accelerator.is_main_process
-    # Processes must not drop the same units; the steps keep apart the processes of nearby seeds.
+    # Processes must not drop the same units; the factor keeps those of nearby seeds apart.
     seed_all(seed + 1000 * accelerator.process_index)
 
     sampler = LengthBucketSampler(lengths, stage.batch_size, seed=seed)

@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 def this_process() -> PartialState:
     """Which of a run's processes this is, and its device.
 
-    Accelerate takes processes without a GPU for strangers to each other unless it hears of the CPU at its first call.
+    Without a GPU, Accelerate leaves processes unconnected unless its first call says that they are to use the CPU.
     """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     distributed = torch.distributed
     joined = distributed.is_available() and distributed.is_initialized()
     state = PartialState(cpu=on_cpu)
     if not joined and state.backend == "gloo":
-        # Whoever ended at once, refused, would take the others along that are still connecting to it.
+        # A process that is refused, and ends at once, would bring down others that are still connecting to it.
         state.wait_for_everyone()
     return state
 
@@ -209,7 +209,7 @@ def _names(log_with: str | Sequence[str] | None) -> list[Any]:
 
 
 def _is_installed(tracker: Any) -> bool:
-    """Whether a tracker can be used; TensorBoard alone may be missing. One made by the caller can."""
+    """Whether a tracker can be used, as one made by the caller always can; only TensorBoard may be missing."""
     if not isinstance(tracker, str) or tracker == "all":  # of those that are installed
         return True
     if tracker not in LoggerType.list():

@@ -114,7 +114,7 @@ def _groups(module: nn.Module, stage: Stage) -> list[dict[str, Any]]:
 
 def advance(schedule: LRScheduler, skipped: bool) -> None:
     """Go to the next update's learning rate; a skipped update counts as one."""
-    # Not always: afterwards Python shows again what it has shown, and warnings of a step would come at each.
+    # Only then: afterwards Python shows again what it has shown before, so that a warning would come at every step.
     with warnings.catch_warnings() if skipped else nullcontext():
         if skipped:
             # PyTorch takes a first step that the loss scaler skipped for a forgotten one.

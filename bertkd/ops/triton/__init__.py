@@ -60,7 +60,7 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
 
 
 def size_of_form(op: str, tensors: Sequence[Tensor]) -> int | None:
-    """Of a small case that takes the form of the kernel that ``tensors`` take: its length, of an op on states its rows.
+    """Length (of an op on states: rows) of a small case that takes the same form of the kernel as ``tensors``.
 
     None for ops whose forms `bertkd.ops.verify` tells apart by the length alone, or which have one.
     """

@@ -41,7 +41,7 @@ INTERPRETED = Config(32, 32, 4, 2)
 # Length up to which the interpreter takes the forms in which a program owns a head.
 INTERPRETED_SHORT = 64
 
-# Stands for a factor of 0 on the scores, with which pads would be let through: less than any score shows.
+# Takes the place of a factor of 0 on the scores, which would let pads through; too small to show in a score.
 TINY = 1e-20
 
 # Compute capability -> table; a newer one takes the last. The rows of 80 fit into the 99 KiB of sm_86, 89 and 120.
