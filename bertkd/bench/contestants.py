@@ -23,7 +23,7 @@ EXTRA: dict[str, Callable[[str], Loss]] = {}
 
 
 def applies(impl: str, op: str, mode: str) -> bool:
-    """Whether a contestant has anything to say on an op at all; where not, there is nothing to report."""
+    """Whether a contestant has the op at all; if not, there is nothing to report."""
     if impl == "products":
         return SPECS[op].bare is not None and mode == "fwd_bwd"
     if impl in OURS:
@@ -47,7 +47,7 @@ def _why_not_ours(impl: str, case: Case, device: torch.device) -> str | None:
     refusal = getattr(implementation(impl), "refusal", None)
     if refusal is None:
         return None
-    # The smallest tensors of the case's widths; who refuses by length or batch is asked again when it runs.
+    # The smallest tensors of the case's widths; a refusal by length or batch comes when the contestant runs.
     inputs = SPECS[case.op].make(small(case), device, torch.Generator(device).manual_seed(0))
     return refusal(case.op, [*inputs.student, *inputs.teacher])
 

@@ -28,10 +28,10 @@ def why_not(case: Case, device: torch.device, mode: str) -> str | None:
 
 
 def why_not_compiled(case: Case, device: torch.device, mode: str) -> str | None:
-    """Why who has to be compiled for a case is left out of it, or None."""
+    """Why a contestant that has to be compiled is left out of a case, or None."""
     if case.importance > 1:
         return "compiled for the most important cases only"
-    # They would be twice the graphs, most of what a case costs on a GPU, where ten minutes have to do.
+    # That would double the graphs, most of what a case costs on a GPU, where ten minutes have to be enough.
     if device.type == "cuda" and mode == "fwd":
         return "compiled with gradients only"
     return None

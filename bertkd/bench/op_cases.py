@@ -200,7 +200,7 @@ def _replay(impl: str, run: Callable[[Inputs], list], sets: list[Inputs]) -> Gra
 
 
 def _laid_out(impl: str, inputs: Inputs) -> Inputs:
-    """As a model leaves them; but torch.matmul would copy them within the time of the products alone."""
+    """As a model leaves them; contiguous for the products alone, or torch.matmul's copies would be timed too."""
     return inputs.contiguous() if impl == "products" else inputs
 
 
@@ -222,8 +222,8 @@ def prepared(case: Case, impl: str) -> Callable[[], object]:
     device = torch.device("cpu")
     inputs = make_inputs(case, device)
     run = step(impl, case.op, loss_of(impl, case.op), "fwd_bwd")
-    # What is compiled for a shape must be so before; others keep scratch memory that belongs to the run, and as long
-    # a sequence or as many classes as the case has would have it there already.
+    # What is compiled for a shape is compiled before the run. The others keep scratch memory, which belongs to the run:
+    # the case's own length or number of classes would put it there already.
     compiled = impl in ("compile", "flex", "liger")
     few = replace(small(case), length=min(case.length, 8), classes=min(case.classes, 8))
     run(inputs if compiled else make_inputs(few, device))

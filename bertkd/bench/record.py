@@ -136,9 +136,9 @@ def read_rows(path: str | Path) -> list[Row]:
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """All rows; a new measurement of a contestant in a case and mode takes the place of all old rows of it.
 
-    A case that failed as a whole has one row, of contestant "*": it goes with the case's next measurement, and comes
-    without taking away what was measured before. Neither does a rival that is not installed this time, nor a new time
-    the largest batch, which is searched for later.
+    A case that failed as a whole has one row, of contestant "*": the case's next measurement removes it, and it removes
+    nothing that was measured before. Neither does a rival that is not installed this time; and a new time does not
+    remove the largest batch, which is searched for later.
     """
     old = list(old)
     measured = {row.group for row in old if row.p50 is not None and row.impl not in IMPLS}

@@ -70,7 +70,7 @@ def plan(options: Options) -> Job:
 
 
 def _has_anybody(case: Case, selection: Selection) -> bool:
-    """Whether a contestant and a mode of the case are asked for; else eager would be timed and told to nobody."""
+    """Whether a contestant and a mode of the case are asked for; else eager would be timed and not reported."""
     return bool(asked_for(case, selection, CONTESTANTS if case.op in PAIRS else IMPLS))
 
 
@@ -210,7 +210,7 @@ def _fill(case: Case, settings: Settings, rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _left_out_before(folder: Path, tasks: Iterable[str], rows: Sequence[Row]) -> list[str]:
-    """What earlier runs into this folder left out, and nobody has measured or is about to."""
+    """What earlier runs into this folder left out, of which nothing has been measured since, or is about to be."""
     path = folder / ENVIRONMENT
     if not path.exists():
         return []

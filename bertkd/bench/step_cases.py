@@ -153,7 +153,7 @@ class Trainer:
         if cut is not None:
             batch = {name: x[:1, :cut] for name, x in batch.items()}
         self.optimizer.zero_grad(set_to_none=True)
-        # Two contestants never drop the same.
+        # Two contestants never drop the same units.
         was_training = self.student.training
         self.student.train(was_training and not PAIRS[self.case.op].dropout)
         loss = self.loss(batch)

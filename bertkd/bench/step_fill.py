@@ -44,7 +44,7 @@ def fill(case: Case, impls: Sequence[str], settings: Settings) -> Iterator[Row]:
         try:
             trainer = Trainer(case, impl, settings.device)
             largest = largest_that(partial(_fits, trainer), case.batch)
-        except Exception as failure:  # whatever a batch too large does but run out of memory
+        except Exception as failure:  # whatever it does besides running out of memory
             yield row(impl=impl, **told(failure), **settings.stamp)
             check_device(settings.device)
         else:

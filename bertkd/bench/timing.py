@@ -131,7 +131,7 @@ class Failures:
     """Who failed while contestants were timed, by name, as status and note of a row.
 
     Raises (where it is told of a failure):
-        DeviceLost: it has cost the device; whoever came next would be blamed for that.
+        DeviceLost: it has cost the device; the contestants after it would be blamed for that.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -151,7 +151,7 @@ class GraphReplay:
 
     Args:
         calls: one per set of inputs.
-        capturable: known to hold back during a capture where it would wait for the device otherwise.
+        capturable: known not to wait for the device during a capture, even if it does so otherwise.
     """
 
     def __init__(self, calls: Sequence[Run], *, capturable: bool = False) -> None:
@@ -167,7 +167,7 @@ class GraphReplay:
         torch.cuda.synchronize()
         try:
             # A capture that fails leaves PyTorch 2.11 with a capturing stream and a pool that is never emptied:
-            # whoever waits for the device is found out before.
+            # a contestant that waits for the device is found out before it.
             if not capturable:
                 torch.cuda.set_sync_debug_mode("error")
                 try:

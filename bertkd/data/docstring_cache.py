@@ -78,8 +78,7 @@ def _locate(source: str) -> tuple[Path, str | None, str]:
 
 def _read_cached(source: str, cache_dir: str | os.PathLike[str] | None) -> list[Docstring]:
     root, package, version = _locate(source)
-    # The running Python decides what parses, the place what is there (distributions leave parts
-    # out).
+    # The running Python decides what parses, the place what is there (distributions leave parts out).
     key = json.dumps([_CACHE_FORMAT, platform.python_version(), version, str(root)])
     name = f"docstrings-{source}-{version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
     path = (Path(cache_dir) if cache_dir is not None else user_cache_dir()) / name

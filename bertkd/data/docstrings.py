@@ -19,8 +19,7 @@ logger = logging.getLogger(__name__)
 
 MIN_WORDS = 5
 
-# Tests are full of fixtures, and site-packages (inside the standard library's folder) is not
-# stdlib.
+# Tests are full of fixtures, and site-packages lies in the standard library's folder without being part of it.
 _SKIPPED_FOLDERS = frozenset(
     ("__pycache__", "dist-packages", "idle_test", "lib-dynload", "site-packages", "test", "tests")
 )
@@ -72,7 +71,7 @@ def parse_folder(root: Path, source: str, package: str | None = None) -> Iterato
             names = [*([package] if package else []), *relative.with_suffix("").parts]
             if names[-1] == "__init__":
                 names.pop()
-            # config-3.11-x86_64-linux-gnu and the like are folders, not packages
+            # Folders such as config-3.11-x86_64-linux-gnu are no packages.
             if path.suffix == ".py" and names and all(name.isidentifier() for name in names):
                 yield from _parse_file(path, relative.as_posix(), source, names)
 

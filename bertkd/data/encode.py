@@ -159,7 +159,7 @@ def encode_rows(
         )
         full = [row for row, tokens in enumerate(batch["input_ids"]) if len(tokens) == max_length]
         if full:
-            # only a row of max_length tokens can have been cut: count those again, uncut
+            # Only a row of max_length tokens can have been cut: count those again, uncut.
             whole = tokenizer(*([column[row] for row in full] for column in chunk), verbose=False)
             sizes = [len(tokens) for tokens in whole["input_ids"]]
             truncated += sum(size > max_length for size in sizes)

@@ -62,8 +62,7 @@ def read_table(
 
 
 def find_split(folder: Path, stems: Iterable[str]) -> list[Path]:
-    """Files of the one of ``stems`` that ``folder`` has: ``train.csv``, or shards
-    ``train-00000-of-00002``.
+    """Files of the one of ``stems`` that ``folder`` has: ``train.csv``, or shards ``train-00000-of-00002``.
 
     Where a stem stands in several formats, the last of ``FORMATS`` (Parquet, which has types) wins.
 

@@ -141,7 +141,7 @@ def _read_folder(task: GlueTask, name: str, glue_dir: Path) -> dict[str, Table]:
                 f"no {split} file in {folder}: looked for {' or '.join(names)} with one of "
                 f"{', '.join(FORMATS)}"
             )
-        # a few rows of GLUE's own QQP lack fields
+        # A few rows of GLUE's own QQP lack fields.
         header = _missing_header(task, paths[0])
         tables[split] = read_tables(paths, header=header, skip_ragged=name == "qqp")
     return tables

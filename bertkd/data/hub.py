@@ -1,5 +1,4 @@
-"""Data sets of the Hugging Face hub, through the ``datasets`` library (imported only when
-asked)."""
+"""Data sets of the Hugging Face hub, through the ``datasets`` library, which is imported only when needed."""
 
 from __future__ import annotations
 

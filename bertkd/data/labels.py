@@ -254,7 +254,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _class_name(value: Any) -> str:
-    # with regression=False classes may come as 0.0, 1.0 from a column that once had gaps
+    # With regression=False classes may come as 0.0, 1.0 from a column that once had gaps.
     if _is_number(value) and not _is_integer(value) and float(value).is_integer():
         return str(int(float(value)))
     return str(value).strip()

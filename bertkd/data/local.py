@@ -1,5 +1,4 @@
-"""Tasks in local files: which file is which split, which column is what, and a split if there is
-none."""
+"""Tasks in local files: which file is which split, which column is what, and a split if there is none."""
 
 from __future__ import annotations
 

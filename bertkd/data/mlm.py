@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 
 class MaskingCollator:
-    """Batches for masked language modelling: of the chosen tokens 80 % read ``[MASK]``, 10 % a
-    random token.
+    """Batches for masked language modelling: of the chosen tokens 80 % read ``[MASK]``, 10 % a random token.
 
     Gives ``Collator``'s tensors with ``labels`` int64 (B, L): the original token where one was
     chosen, -100 elsewhere. Each call draws anew (dynamic masking); special tokens are never chosen.
@@ -71,6 +70,6 @@ class MaskingCollator:
             masked, labels = self._masking.torch_mask_tokens(
                 ids.clone(), special_tokens_mask=special
             )
-            # a small batch may be left without any choice, and its loss would be 0 / 0
+            # A small batch may be left without any chosen token, and its loss would be 0 / 0.
             if (labels != -100).any():
                 return {**batch, "input_ids": masked, "labels": labels}

@@ -104,7 +104,7 @@ def load_retrieval(
     functions = _functions(records)
     train_texts = [_text(record.text) for record in split_by_module(records)["train"]]
     train_texts += [_signature(record) for record in functions["train"]]
-    # "main()" has many docstrings; as a query it gets the first
+    # "main()" has many docstrings; as a query it gets the first.
     answers: dict[str, str] = {}
     for record in functions[split]:
         answers.setdefault(_signature(record), _text(record.text))
@@ -117,7 +117,7 @@ def load_retrieval(
 
 
 def _records(sources: Sequence[str], cache_dir: str | os.PathLike[str] | None) -> list[Docstring]:
-    # unique again as far as the tasks read: texts that differ only after MAX_WORDS would leak
+    # Unique in what the tasks read of them: texts that differ only after MAX_WORDS would leak.
     kept: dict[str, Docstring] = {}
     for record in read_docstrings(sources, cache_dir=cache_dir):
         kept.setdefault(text_key(_text(record.text)), record)
@@ -156,7 +156,7 @@ def _topics(
         splits[split] = []
         for record in part:
             text = _text(hide(record.text))
-            # without the names more texts are the same
+            # Without the names more texts are the same.
             if (key := text_key(text)) not in seen:
                 seen.add(key)
                 splits[split].append({"text": text, "label": label[group_of(record)]})
@@ -164,7 +164,7 @@ def _topics(
 
 
 def _hider(names: Sequence[str]) -> Callable[[str], str]:
-    # "torch" must go where "torch.nn" is a topic; longest first, or "http" would eat "httpx"
+    # "torch" must go where "torch.nn" is a topic; longest first, or "http" would eat "httpx".
     hidden = {*names, *(name.split(".")[0] for name in names)}
     words = "|".join(re.escape(name) for name in sorted(hidden, key=len, reverse=True))
     pattern = re.compile(rf"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])(?:\.\w+)*", re.IGNORECASE)
@@ -186,7 +186,7 @@ def _pairs(functions: Sequence[Docstring]) -> list[dict[str, object]]:
             far += members
         else:
             rows += zip(members, [*members[1:], members[0]], strict=True)
-    # sorted by group and turned by the largest group's size, nobody meets its own group
+    # Sorted by group and turned by the largest group's size, no function meets one of its own group.
     far.sort(key=group_of)
     turn = max(Counter(map(group_of, far)).values(), default=0)
     rows += zip(far, [*far[turn:], *far[:turn]], strict=True)

@@ -71,7 +71,7 @@ class LengthBucketSampler(Sampler[list[int]]):
             raise ValueError(
                 f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}"
             )
-        # int(), because NumPy's integers are not JSON-able
+        # int(), because NumPy's integers are not JSON-able.
         self.batch_size, self.seed, self.shuffle = int(batch_size), int(seed), shuffle
         self.drop_last, self.bucket_batches = drop_last, int(bucket_batches)
         self.rank, self.world_size = int(rank), int(world_size)
@@ -152,13 +152,11 @@ class LengthBucketSampler(Sampler[list[int]]):
         if not self.shuffle:
             return self._cut(rows)[: self._count]
         generator = np.random.default_rng([self.seed, epoch])
-        # whom the last, dropped batch leaves out is decided before sorting, else it were the
-        # longest rows
+        # Which rows a dropped last batch leaves out is decided before sorting, or it would be the longest ones.
         rows = generator.permutation(rows)[: self._count * self.joint_size]
         pool = self.joint_size * self.bucket_batches
         pools = [rows[start : start + pool] for start in range(0, len(rows), pool)]
-        # stable, so rows of equal length stay in shuffled order; the pool decides only who sits
-        # together
+        # Stable, so that rows of equal length stay in shuffled order; the pool only decides which rows share a batch.
         ordered = [part[np.argsort(self.lengths[part], kind="stable")] for part in pools]
         batches = self._cut(np.concatenate(ordered))
         return [batches[i] for i in generator.permutation(len(batches))]
