@@ -12,7 +12,7 @@ from bertkd.bench import flex, peers
 from bertkd.bench.cases import Case
 from bertkd.bench.ops import SPECS
 from bertkd.bench.spec import OURS, Inputs, Loss
-from bertkd.ops.dispatch import implementation, unavailable
+from bertkd.ops.implementations import implementation, unavailable
 
 # eager: PyTorch as the paper's code writes it. products: its matrix products alone, a bound and no loss.
 IMPLS = ("eager", "compile", "products", "flex", "sdpa", "textbrewer", "liger", "linearard", *OURS)

@@ -19,7 +19,7 @@ from bertkd.bench.op_cases import Settings
 from bertkd.bench.record import Row
 from bertkd.bench.step_cases import Trainer, step_case
 from bertkd.bench.timing import spread
-from bertkd.ops.dispatch import unavailable
+from bertkd.ops.implementations import unavailable
 
 SECONDS = 240  # that processes may take before they are taken for stuck
 

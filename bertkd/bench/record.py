@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bertkd.ops.dispatch import IMPLS
+from bertkd.ops.implementations import IMPLS
 from bertkd.study.files import write_text
 
 SHAPE_COLUMNS = (

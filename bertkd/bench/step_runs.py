@@ -24,7 +24,7 @@ from bertkd.bench.timing import (
     spread,
     told,
 )
-from bertkd.ops.dispatch import unavailable
+from bertkd.ops.implementations import unavailable
 from bertkd.ops.verify import relative_error
 from bertkd.study.memory import peak_extra_bytes
 
