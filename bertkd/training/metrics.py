@@ -123,10 +123,11 @@ def compute_metrics(
 def _predictions(
     names: Sequence[str], logits: np.ndarray, labels: np.ndarray, regression: bool
 ) -> np.ndarray:
-    wanted = "(rows,) or (rows, 1)" if regression else "(rows, classes), two classes or more"
-    fits = logits.ndim == 1 or logits.shape[1:] == (1,) if regression else logits.ndim == 2
-    if not regression:
-        fits = fits and logits.shape[1] > 1
+    if regression:
+        wanted, fits = "(rows,) or (rows, 1)", logits.ndim == 1 or logits.shape[1:] == (1,)
+    else:
+        wanted = "(rows, classes), two classes or more"
+        fits = logits.ndim == 2 and logits.shape[1] > 1
     if not fits:
         raise ValueError(f"{', '.join(names)}: logits must be {wanted}, got shape {logits.shape}")
     if labels.shape != logits.shape[:1]:
