@@ -131,9 +131,7 @@ def hidden_combine_mse(
     for name, states in (("h_s", students), ("h_t", teachers)):
         if not states:
             raise ValueError(f"{op}: {name} is empty. Pass at least one state.")
-    named = {f"h_s[{i}]": x for i, x in enumerate(students)}
-    named |= {f"h_t[{i}]": x for i, x in enumerate(teachers)}
-    check_tensors(op, None, weight=weight, **named)
+    check_tensors(op, None, weight=weight, **_named(students, teachers))
     shape = (sum(x.shape[-1] for x in students), sum(x.shape[-1] for x in teachers))
     if tuple(weight.shape) != shape:
         raise ValueError(f"{op}: weight must have shape {shape}, got {tuple(weight.shape)}.")
@@ -216,15 +214,18 @@ def _states(op: str, h_s: States, h_t: States) -> tuple[list[Tensor], list[Tenso
         raise ValueError(
             f"{op}: {len(students)} student states but {len(teachers)} teacher states; pass pairs."
         )
-    named = {f"h_s[{i}]": x for i, x in enumerate(students)}
-    named |= {f"h_t[{i}]": x for i, x in enumerate(teachers)}
-    check_tensors(op, None, **named)
+    check_tensors(op, None, **_named(students, teachers))
     for side in (students, teachers):
         # Compared, not collected in a set: that would pin the sizes while torch.compile keeps them symbolic.
         if any(x.shape != side[0].shape for x in side):
             shapes = ", ".join(str(tuple(x.shape)) for x in side)
             raise ValueError(f"{op}: the states of one call must have one shape, got {shapes}.")
     return students, [t.detach() for t in teachers]
+
+
+def _named(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> dict[str, Tensor]:
+    sides = (("h_s", students), ("h_t", teachers))
+    return {f"{name}[{i}]": x for name, states in sides for i, x in enumerate(states)}
 
 
 def _rows(
