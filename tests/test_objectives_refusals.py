@@ -169,7 +169,7 @@ def with_head(head_cls="sequence", layers=2, **overrides):
         (
             {"id2label": {0: "no", 1: "yes", 2: "maybe"}},
             {"id2label": {0: "bad", 1: "good", 2: "so"}},
-            "of other names",
+            "under other names",
         ),
     ],
 )

@@ -86,7 +86,7 @@ def write(tmp_path, text):
         ("stages: [{objective: kd, steps: 3, lr_end: 1.0}]", r"lr_end must lie in \[0, lr\)"),
         ("stages: [{objective: kd, steps: 3, batch_size: 10, accumulate: 4}]", "multiple of"),
         ("stages: [{objective: kd, steps: 3, patience: 2}]", "patience needs metric"),
-        ("stages: [{objective: kd, steps: 3, name: a/b}]", "name must serve as a folder's"),
+        ("stages: [{objective: kd, steps: 3, name: a/b}]", "name must be usable as a folder"),
         ("stages: [{objective: ' ', steps: 3}]", "objective is empty"),
         ("stages: [{objective: kd, steps: 3}, {objective: kd, steps: 3}]", "a name of its own"),
         ("stages: []", "stages is empty"),

@@ -39,7 +39,7 @@ def short_table(rows: Sequence[Row]) -> str:
     """The speed-ups over eager with gradients, for a terminal."""
     found = [r for r in rows if r.metric == "speedup" and r.mode in ("fwd_bwd", "step")]
     if not found:
-        return "no speed-up over eager with gradients was measured; what was stands in summary.md"
+        return "no speed-up over eager with gradients was measured; the other results are in summary.md"
     times = {(r.case, r.impl, r.mode): r.p50 for r in rows if r.metric == "time"}
     lines = [("case", "impl", "ms", "x eager")]
     for row in found:

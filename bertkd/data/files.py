@@ -98,7 +98,7 @@ def _check_shards(shards: Sequence[Path]) -> None:
     if len(counts) > 1 or any(c.isdecimal() and int(c) != len(shards) for c in counts):
         raise ValueError(
             f"{shards[0].parent} has {len(shards)} shards that say 'of {', '.join(sorted(counts))}' "
-            f"({', '.join(path.name for path in shards[:4])}): some are missing or too many"
+            f"({', '.join(path.name for path in shards[:4])}): some are missing, or there are too many"
         )
 
 

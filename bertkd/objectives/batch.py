@@ -98,8 +98,8 @@ def _check_tensor(column: str, value: Any) -> None:
 def _check_dtype(column: str, value: Tensor) -> None:
     if value.dtype not in _INDICES:
         raise TypeError(
-            f"batch[{column!r}] must be int64 or int32, got {value.dtype}; what a tokenizer gives is, "
-            ".long() makes it so"
+            f"batch[{column!r}] must be int64 or int32, got {value.dtype}; pass what the tokenizer "
+            "gives, or convert it with .long()"
         )
 
 

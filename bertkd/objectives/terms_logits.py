@@ -231,7 +231,7 @@ def _same_labels(student: Side, teacher: Side) -> None:
         )
     ours, theirs = student.label_names, teacher.label_names
     if ours and theirs and ours != theirs:
-        what = "in another order" if set(ours) == set(theirs) else "of other names"
+        what = "in another order" if set(ours) == set(theirs) else "under other names"
         raise ValueError(
             f"kd needs the same labels, but the student's id2label has them {what}: {ours} and "
             f"{theirs} (teacher); set student.config.id2label to the teacher's"

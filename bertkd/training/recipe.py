@@ -105,7 +105,7 @@ class Stage:
             raise ValueError("objective is empty; write e.g. 'att_kl + hid_seq'")
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise ValueError(
-                f"name must serve as a folder's, got {self.name!r}: use letters, digits, -"
+                f"name must be usable as a folder's name, got {self.name!r}: use letters, digits, _, . and -"
             )
         if self.patience is not None and (self.metric is None or self.eval_every is None):
             raise ValueError("patience needs metric and eval_every: it counts evaluations")
