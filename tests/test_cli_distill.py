@@ -1,3 +1,5 @@
+"""``bertkd finetune`` and ``bertkd distill`` from start to a model that loads, and what they refuse."""
+
 import errno
 import json
 

@@ -1,3 +1,5 @@
+"""``bertkd``: help, options, config files, errors and exit codes of every command."""
+
 import subprocess
 import sys
 

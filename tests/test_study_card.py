@@ -1,3 +1,5 @@
+"""The model card: what Hugging Face reads of it, and that it says nothing that is not known."""
+
 import dataclasses
 import re
 

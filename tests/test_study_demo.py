@@ -1,3 +1,5 @@
+"""The demo from a teacher to its report, on a tiny teacher."""
+
 import json
 
 import pytest

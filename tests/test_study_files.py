@@ -1,3 +1,5 @@
+"""Output folders: which are taken, which are refused, and who holds one."""
+
 import json
 from pathlib import Path
 

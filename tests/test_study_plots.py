@@ -1,3 +1,5 @@
+"""The studies' plots: each is a picture, and shows what the tables say."""
+
 import matplotlib.image
 import pytest
 

@@ -1,3 +1,5 @@
+"""Progress: the time left, and what a terminal, a log and nobody get to see."""
+
 import io
 
 import pytest

@@ -1,3 +1,5 @@
+"""Retrieval scores against hand-computed cases, and the embeddings they are made of."""
+
 import math
 
 import pytest

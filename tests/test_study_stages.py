@@ -1,3 +1,5 @@
+"""Stages with progress, curves and costs, and the models and tokenizers that commands load."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""Tables as text and Markdown, and the figures in them."""
+
 import pytest
 
 from bertkd.study.table import Table, human_time, mean_std

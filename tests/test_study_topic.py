@@ -1,3 +1,5 @@
+"""The topic study: what it concludes, what it keeps of earlier runs, and what it makes anew."""
+
 import dataclasses
 import json
 import shutil

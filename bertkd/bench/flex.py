@@ -1,4 +1,4 @@
-"""relation_kl by FlexAttention, which holds one softmax a call: what can be said with it, and at what price.
+"""relation_kl by FlexAttention, which has one softmax a call: what it can express, and at what price.
 
 With P_t = softmax(T) and T = c_t a_t b_t^T, S = c_s a_s b_s^T, a row's KL is::
 
@@ -6,7 +6,7 @@ With P_t = softmax(T) and T = c_t a_t b_t^T, S = c_s a_s b_s^T, a row's KL is::
 
 P_t [b_t, b_s] is attention of the teacher over both sides' keys as values, and lse(S) comes with an attention of the
 student. Two calls, no map. The difference of large terms cancels, which costs digits in half precision. The squared
-difference of scores (attention_mse) cannot be said at all: a call sees one score matrix.
+difference of scores (attention_mse) cannot be expressed at all: a call sees one score matrix.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""The drop-in losses. All accept fp32, fp16, bf16 (and fp64), mixed between teacher and student, compute in fp32 (fp64
-for fp64 inputs) and return that; the gradient has the dtype of its tensor, and the teacher never gets one.
+"""The drop-in losses.
+
+All accept fp32, fp16, bf16 (and fp64), mixed between teacher and student, compute in fp32 (fp64 for fp64 inputs) and
+return that; the gradient has the dtype of its tensor, and the teacher never gets one.
 
 Common arguments:
     mask: (B, L) bool or integer, 1 = real token. Pad keys take no part in a softmax, pad rows in no mean.

@@ -1,4 +1,4 @@
-"""Losses on what the attention compares: maps, relations, scores. No L x L tensor is built (but by impl="eager")."""
+"""Losses on what the attention compares: maps, relations, scores. No L x L tensor is built, except by impl="eager"."""
 
 from __future__ import annotations
 
