@@ -110,35 +110,24 @@ class RetrievalJudge:
         queries: N texts.
         documents: ``documents[i]`` answers ``queries[i]``.
         tokenizer: of teacher and students alike.
-        max_length: longer texts are cut to this many tokens.
-        batch_size: texts per forward pass.
 
     Attributes:
         teacher: (N, N) similarities that Spearman's rho compares with; set it from
             ``similarities(teacher)``.
     """
 
-    def __init__(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[str],
-        tokenizer: Any,
-        *,
-        max_length: int = 128,
-        batch_size: int = 64,
-    ) -> None:
+    def __init__(self, queries: Sequence[str], documents: Sequence[str], tokenizer: Any) -> None:
         if len(queries) != len(documents):
             raise ValueError(f"got {len(queries)} queries for {len(documents)} documents.")
         self.texts = [*queries, *documents]
         self.tokenizer = tokenizer
-        self.options = {"max_length": max_length, "batch_size": batch_size}
         self.teacher: Tensor | None = None
 
     def similarities(
         self, model: nn.Module, on_batch: Callable[[float], object] | None = None
     ) -> Tensor:
         """(N, N) cosines of all queries (rows) with all documents (columns)."""
-        both = embed(model, self.tokenizer, self.texts, on_batch=on_batch, **self.options)
+        both = embed(model, self.tokenizer, self.texts, on_batch=on_batch)
         queries, documents = both.chunk(2)
         return queries @ documents.T
 
