@@ -90,23 +90,23 @@ class Contrast(nn.Module, ABC):
             raise ValueError(f"f_s has {len(f_s)} examples but f_t has {len(f_t)}")
         if labels is not None and labels.is_floating_point():
             labels = None
-        checked: list[Tensor | None] = [None, None]
-        for i, (name, numbers) in enumerate((("index", index), ("labels", labels))):
-            if numbers is None:
-                continue
-            if numbers.shape != f_s.shape[:1] or numbers.is_floating_point():
-                raise ValueError(
-                    f"{name} must be one integer per example, ({len(f_s)},), got "
-                    f"{tuple(numbers.shape)} of {numbers.dtype}; leave it out if there is none"
-                )
-            # Asking the GPU would mean waiting for it.
-            if numbers.device.type == "cpu" and int(numbers.min()) < 0:
-                raise ValueError(
-                    f"{name} must not be negative, got {int(numbers.min())}; "
-                    "leave it out if there is none"
-                )
-            checked[i] = numbers.to(f_s.device, torch.long)
-        return checked[0], checked[1]
+        return _whole_numbers("index", index, f_s), _whole_numbers("labels", labels, f_s)
+
+
+def _whole_numbers(name: str, numbers: Tensor | None, f_s: Tensor) -> Tensor | None:
+    if numbers is None:
+        return None
+    if numbers.shape != f_s.shape[:1] or numbers.is_floating_point():
+        raise ValueError(
+            f"{name} must be one integer per example, ({len(f_s)},), got "
+            f"{tuple(numbers.shape)} of {numbers.dtype}; leave it out if there is none"
+        )
+    # Asking the GPU would mean waiting for it.
+    if numbers.device.type == "cpu" and int(numbers.min()) < 0:
+        raise ValueError(
+            f"{name} must not be negative, got {int(numbers.min())}; leave it out if there is none"
+        )
+    return numbers.to(f_s.device, torch.long)
 
 
 def world_size() -> int:
