@@ -54,14 +54,15 @@ def block_pairs(
             student deeper than its teacher (``"uniform"``, ``"random"``), a map for states only.
     """
     _check_depths(num_student, num_teacher)
-    if isinstance(spec, str) and spec in ("skip", "combine"):
+    name = _name_of(spec)
+    if name in ("skip", "combine"):
         raise ValueError(
-            f"layer map {spec!r} is for states only (it uses the embedding output); "
+            f"layer map {name!r} is for states only (it uses the embedding output); "
             f"for blocks use one of {', '.join(BLOCK_MAPS)}, or explicit pairs, and give it to the "
-            f"terms on states alone, e.g. hid_seq(map={spec!r})"
+            f"terms on states alone, e.g. hid_seq(map={name!r})"
         )
-    if isinstance(spec, str) and _is_name(spec):
-        return _named_blocks(spec, num_student, num_teacher, generator)
+    if name is not None:
+        return _named_blocks(name, num_student, num_teacher, generator)
     pairs = _read_pairs(spec)
     for side, who, blocks in ((0, "student", num_student), (1, "teacher", num_teacher)):
         for pair in pairs:
@@ -95,17 +96,18 @@ def state_pairs(
         ValueError: as `block_pairs`; also for ``"combine"``.
     """
     _check_depths(num_student, num_teacher)
-    if isinstance(spec, str) and spec == "combine":
+    name = _name_of(spec)
+    if name == "combine":
         raise ValueError(
             "layer map 'combine' joins all states and has no pairs; only the hidden-state terms "
             "hid_seq and hid_cls can use it"
         )
-    if isinstance(spec, str) and _is_name(spec):
-        if spec not in STATE_MAPS:
-            raise unknown_name("layer map", spec, STATE_MAPS)
-        name = "uniform" if spec == "skip" else spec
-        behind = outputs(_named_blocks(name, num_student, num_teacher, generator))
-        return ((0, 0), *behind) if spec == "skip" else behind
+    if name is not None:
+        if name not in STATE_MAPS:
+            raise unknown_name("layer map", name, STATE_MAPS)
+        of_blocks = "uniform" if name == "skip" else name
+        behind = outputs(_named_blocks(of_blocks, num_student, num_teacher, generator))
+        return ((0, 0), *behind) if name == "skip" else behind
     pairs = _read_pairs(spec)
     for side, who, blocks in ((0, "student", num_student), (1, "teacher", num_teacher)):
         for pair in pairs:
@@ -125,7 +127,7 @@ def shared_state_pairs(spec: MapSpec, num_student: int, num_teacher: int) -> Pai
     Raises:
         TypeError, ValueError: as `block_pairs`; for names as `state_pairs`.
     """
-    if isinstance(spec, str) and _is_name(spec):
+    if _name_of(spec) is not None:
         return state_pairs(spec, num_student, num_teacher)
     return outputs(block_pairs(spec, num_student, num_teacher))
 
@@ -141,15 +143,16 @@ def check_map(spec: MapSpec) -> None:
     Raises:
         TypeError, ValueError: as `state_pairs`, except for numbers out of range.
     """
-    if not (isinstance(spec, str) and _is_name(spec)):
+    name = _name_of(spec)
+    if name is None:
         _read_pairs(spec)
-    elif spec not in STATE_MAPS:
-        raise unknown_name("layer map", spec, STATE_MAPS)
+    elif name not in STATE_MAPS:
+        raise unknown_name("layer map", name, STATE_MAPS)
 
 
 def is_random(spec: MapSpec) -> bool:
     """Whether the map differs from call to call, so that it must be asked for at every step."""
-    return isinstance(spec, str) and spec == "random"
+    return _name_of(spec) == "random"
 
 
 def format_pairs(pairs: Iterable[tuple[int, int]]) -> str:
@@ -185,8 +188,11 @@ def _named_blocks(
     raise unknown_name("layer map", name, BLOCK_MAPS)
 
 
-def _is_name(spec: str) -> bool:
-    return not any(char.isdigit() for char in spec)
+def _name_of(spec: MapSpec) -> str | None:
+    """The name of a named map; None for explicit pairs, which as text hold digits."""
+    if isinstance(spec, str) and not any(char.isdigit() for char in spec):
+        return spec
+    return None
 
 
 def _read_pairs(spec: MapSpec) -> Pairs:
