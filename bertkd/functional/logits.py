@@ -183,13 +183,11 @@ def _row_kl(
     impl = requested(impl)
     # One factor for both: T^2 goes the way of the mean.
     divisor = count / factor if reduction == "mean" else None
-    if impl != "eager" and divisor is not None:
-        return sum_loss(op, impl, weights.reshape(-1), args, wrt, divisor)
     if impl == "eager":
         loss = definition() * weights
         loss = loss if reduction == "none" else loss.sum()
-    elif reduction == "none":
-        loss = row_loss(op, impl, weights.reshape(-1), args, wrt).view(rows)
-    else:
-        loss = sum_loss(op, impl, weights.reshape(-1), args, wrt)
-    return loss * factor if divisor is None else loss / divisor
+        return loss * factor if divisor is None else loss / divisor
+    if reduction == "none":
+        return row_loss(op, impl, weights.reshape(-1), args, wrt).view(rows) * factor
+    loss = sum_loss(op, impl, weights.reshape(-1), args, wrt, divisor)
+    return loss * factor if divisor is None else loss
