@@ -49,11 +49,6 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def slug(device: torch.device) -> str:
-    """The device's name as a folder's."""
-    return slug_of(device_name(device))
-
-
 def slug_of(name: str) -> str:
     """The folder of the results of a device of this name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

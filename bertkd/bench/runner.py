@@ -98,7 +98,7 @@ def output_folder(path: str | None, device: torch.device) -> Path:
         return Path(path)
     in_checkout = Path("bertkd", "bench").is_dir() and Path("benchmarks").is_dir()
     parent = Path("benchmarks", "results") if in_checkout else Path("bench")
-    return parent / environment.slug(device)
+    return parent / environment.slug_of(environment.device_name(device))
 
 
 # A log that is read while it grows, or after a kill, must not stay in a buffer.
