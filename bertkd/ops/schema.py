@@ -83,65 +83,61 @@ def _rows(like: Tensor, *tensors: Tensor | None) -> Tensor:
     return like.new_empty(like.shape[:-1], dtype=compute_dtype(like, *tensors))
 
 
-def _grad(x: Tensor | None, fallback: Tensor) -> Tensor:
-    """Gradient of ``x``, laid out like it; an empty tensor stands for the gradient of an absent bias."""
-    return fallback.new_empty(0) if x is None else torch.empty_like(x)
+def _bias_grad(bias: Tensor | None, weight: Tensor) -> Tensor:
+    """An empty tensor stands for the gradient of an absent bias."""
+    return weight.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
-def _fake_relation_rows(a_s, b_s, a_t, b_t, mask, scale_s, scale_t, impl):
-    return _rows(a_s, b_s, a_t, b_t)
+def _fake_rows(student, teacher, *_):
+    """Of an op with one tensor a side."""
+    return _rows(student, teacher)
 
 
-def _fake_relation_fwd_bwd(row_weight, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, impl):
-    return _loss(a_s, b_s, a_t, b_t), _grad(a_s, a_s), _grad(b_s, a_s)
-
-
-def _fake_self_relation_rows(x_s, x_t, mask, scale_s, scale_t, impl):
-    return _rows(x_s, x_t)
-
-
-def _fake_self_relation_fwd_bwd(row_weight, x_s, x_t, mask, scale_s, scale_t, impl):
-    return _loss(x_s, x_t), _grad(x_s, x_s)
-
-
-def _fake_hidden_mse(row_weight, h_s, h_t, impl):
-    return _loss(*h_s, *h_t), [_grad(x, x) for x in h_s]
-
-
-def _fake_hidden_proj_mse(row_weight, h_s, weight, bias, h_t, impl):
-    return _loss(h_s, weight, h_t), _grad(h_s, h_s), _grad(weight, h_s), _grad(bias, weight)
-
-
-def _fake_hidden_combine_mse(row_weight, h_s, weight, bias, h_t, impl):
-    grads = [_grad(x, x) for x in h_s]
-    return _loss(*h_s, weight, *h_t), grads, _grad(weight, weight), _grad(bias, weight)
+def _fake_fwd_bwd(row_weight, student, teacher, *_):
+    """Of an op with one tensor a side."""
+    return _loss(student, teacher), torch.empty_like(student)
 
 
 def _fake_sum(row_weight, *inputs):
     return _loss(row_weight, *float_tensors(inputs))
 
 
-def _fake_softmax_rows(z_s, z_t, temperature, impl):
-    return _rows(z_s, z_t)
+def _fake_relation_rows(a_s, b_s, a_t, b_t, *_):
+    return _rows(a_s, b_s, a_t, b_t)
 
 
-def _fake_softmax_fwd_bwd(row_weight, z_s, z_t, temperature, impl):
-    return _loss(z_s, z_t), _grad(z_s, z_s)
+def _fake_relation_fwd_bwd(row_weight, a_s, b_s, a_t, b_t, *_):
+    return _loss(a_s, b_s, a_t, b_t), torch.empty_like(a_s), torch.empty_like(b_s)
 
 
-def _fake_linear_rows(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, row_weight, impl):
+def _fake_hidden_mse(row_weight, h_s, h_t, impl):
+    return _loss(*h_s, *h_t), [torch.empty_like(x) for x in h_s]
+
+
+def _fake_hidden_proj_mse(row_weight, h_s, weight, bias, h_t, impl):
+    grads = torch.empty_like(h_s), torch.empty_like(weight), _bias_grad(bias, weight)
+    return _loss(h_s, weight, h_t), *grads
+
+
+def _fake_hidden_combine_mse(row_weight, h_s, weight, bias, h_t, impl):
+    grads = [torch.empty_like(x) for x in h_s], torch.empty_like(weight), _bias_grad(bias, weight)
+    return _loss(*h_s, weight, *h_t), *grads
+
+
+def _fake_linear_rows(h_s, w_s, bias_s, h_t, w_t, *_):
     return _rows(h_s, w_s, h_t, w_t)
 
 
-def _fake_linear_fwd_bwd(row_weight, h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, impl):
-    return _loss(h_s, w_s, h_t, w_t), _grad(h_s, h_s), _grad(w_s, h_s), _grad(bias_s, w_s)
+def _fake_linear_fwd_bwd(row_weight, h_s, w_s, bias_s, h_t, w_t, *_):
+    grads = torch.empty_like(h_s), torch.empty_like(w_s), _bias_grad(bias_s, w_s)
+    return _loss(h_s, w_s, h_t, w_t), *grads
 
 
 FAKES: dict[str, Callable[..., Any]] = {
     "relation_kl_rows": _fake_relation_rows,
     "relation_kl_fwd_bwd": _fake_relation_fwd_bwd,
-    "self_relation_kl_rows": _fake_self_relation_rows,
-    "self_relation_kl_fwd_bwd": _fake_self_relation_fwd_bwd,
+    "self_relation_kl_rows": _fake_rows,
+    "self_relation_kl_fwd_bwd": _fake_fwd_bwd,
     "attention_mse_rows": _fake_relation_rows,
     "attention_mse_fwd_bwd": _fake_relation_fwd_bwd,
     "hidden_mse_fwd_bwd": _fake_hidden_mse,
@@ -150,10 +146,10 @@ FAKES: dict[str, Callable[..., Any]] = {
     "hidden_proj_mse_sum": _fake_sum,
     "hidden_combine_mse_fwd_bwd": _fake_hidden_combine_mse,
     "hidden_combine_mse_sum": _fake_sum,
-    "hidden_cosine_fwd_bwd": lambda w, h_s, h_t, impl: (_loss(h_s, h_t), _grad(h_s, h_s)),
+    "hidden_cosine_fwd_bwd": _fake_fwd_bwd,
     "hidden_cosine_sum": _fake_sum,
-    "softmax_kl_rows": _fake_softmax_rows,
-    "softmax_kl_fwd_bwd": _fake_softmax_fwd_bwd,
+    "softmax_kl_rows": _fake_rows,
+    "softmax_kl_fwd_bwd": _fake_fwd_bwd,
     "linear_kl_rows": _fake_linear_rows,
     "linear_kl_fwd_bwd": _fake_linear_fwd_bwd,
 }
