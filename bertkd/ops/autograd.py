@@ -317,5 +317,6 @@ def in_float32(weight: Tensor | None) -> Tensor | None:
 
     Its gradient is a sum over all rows, for which float16 has no room before that (see ``sum_loss``).
     """
-    is_half = weight is not None and weight.dtype == torch.float16 and weight.requires_grad
-    return weight.float() if is_half else weight  # type: ignore[union-attr]
+    if weight is None or weight.dtype != torch.float16 or not weight.requires_grad:
+        return weight
+    return weight.float()
