@@ -98,13 +98,13 @@ class HidCLSContrast(Term):
         for name in extra:
             if name not in own:
                 raise ValueError(f"{name} does nothing in mode={mode!r}; leave it out")
-        sizes = dict(zip(("d_s", "d_t"), self.sizes, strict=True))
         options: dict[str, Any] = {
-            **sizes,
-            **extra,
+            "d_s": self.sizes[0],
+            "d_t": self.sizes[1],
             "dim": dim,
             "temperature": positive("temperature", temperature),
             "seed": setup.seed,
+            **extra,
         }
         if mode == "bank":
             if setup.num_examples is None:

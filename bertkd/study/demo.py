@@ -23,7 +23,7 @@ from bertkd.study.stages import ticking
 from bertkd.study.workload import RETRIEVAL, Workload, load_workload
 from bertkd.training.loop import train
 from bertkd.training.machine import this_process
-from bertkd.training.recipe import Recipe, Stage
+from bertkd.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,10 +45,6 @@ class _Setting:
     curve: RetrievalJudge
     recipe: Recipe
     progress: Progress
-
-    @property
-    def stage(self) -> Stage:
-        return self.recipe.stages[0]
 
     def student(self) -> PreTrainedModel:
         return create_student(self.teacher, self.recipe.layers, verbose=False)
@@ -157,7 +153,7 @@ def _baselines(setting: _Setting) -> DemoResult:
 
 
 def _distil(setting: _Setting, seed: int, folder: Path) -> tuple[PreTrainedModel, SeedResult]:
-    stage, student = setting.stage, setting.student()
+    stage, student = setting.recipe.stages[0], setting.student()
     distiller = Distiller(
         setting.teacher, student, stage.objective, layer_map=stage.layer_map, seed=seed
     )
