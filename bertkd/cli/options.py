@@ -111,7 +111,7 @@ class RunOptions:
         max_length: Tokens per example at most. Default: the recipe's.
         seed: Of the order of the data, dropout and new weights. Default: the recipe's.
         log_with: Trackers of Accelerate's, e.g. tensorboard, wandb; "none" for no tracker.
-        torch_compile: Compile the networks with torch.compile. For GPUs: on CPUs steps took longer.
+        torch_compile: Compile the networks with torch.compile. Meant for GPUs: on CPUs steps took longer.
         resume: Go on with the run in output_dir; "last-good" also steps back over damaged checkpoints.
         dry_run: Check everything, print the plan, train nothing.
     """

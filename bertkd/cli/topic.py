@@ -17,7 +17,7 @@ class Config:
         output_dir: Folder for the table, plot and results; new, empty, or an earlier study's, whose
             finished runs are kept.
         seeds: Number of students of each kind.
-        teacher_steps: Most updates of the teacher; it stops at its plateau before.
+        teacher_steps: Updates of the teacher at most; it stops earlier at its plateau.
         student_steps: Updates of each student.
         recipe: Recipe with a teacher and two stages: a shipped one or a YAML file.
         model: Encoder to make the teacher of. Default: the demo's MiniLM-L6.

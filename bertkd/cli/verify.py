@@ -25,7 +25,7 @@ class Config:
         impls: Implementations to check. Default: those that run here.
         dtypes: float32, float16, bfloat16.
         device: "cpu", "cuda" or "cuda:N". Default: the GPU if there is one.
-        batch_size: Sequences, whole and half in turn; of three or more the last is pads only.
+        batch_size: Sequences, of full and half length in turn; of three or more the last is all pads.
         heads: Attention heads.
         length: Tokens per sequence.
         head_width: Width of the attention heads of both sides.
