@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def user_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/bertkd``, or ``~/.cache/bertkd`` where that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bertkd"
+    """``$XDG_CACHE_HOME/bertkd``, or ``~/.cache/bertkd`` where that is not set; ``bertkd-UID`` among temporary
+    files for a user without a home.
+    """
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "bertkd"
+    try:
+        return Path.home() / ".cache" / "bertkd"
+    except RuntimeError:  # no HOME, and a user known by number alone, as in containers
+        return Path(tempfile.gettempdir()) / f"bertkd-{os.getuid()}"
 
 
 @contextmanager

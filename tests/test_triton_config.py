@@ -1,6 +1,11 @@
 """Which configuration a GPU gets: shipped for its architecture, tuned on it, and by the wider side. No GPU is asked."""
 
+import io
+import os
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,6 +40,23 @@ def test_tuned_configurations_lie_in_the_users_cache_unless_told_otherwise(monke
     monkeypatch.delenv("BERTKD_TUNE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert config.tuned_file("NVIDIA H200") == tmp_path / "xdg/bertkd/tune/NVIDIA-H200.json"
+
+
+def test_a_home_that_is_missing_or_not_ones_own_costs_no_kernel(monkeypatch, tmp_path):
+    x, no_home = heads(), RuntimeError("Could not determine home directory.")
+    shipped = config.shipped("rows", 16, 64, 90)
+    monkeypatch.delenv("BERTKD_TUNE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", Mock(side_effect=no_home))
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        assert config.tuned_file("NVIDIA H200").is_relative_to(tmp_path / f"bertkd-{os.getuid()}")
+        assert config.lookup("rows", x, x) == shipped
+    config._on_device.cache_clear()
+    # What it finds where root's home is another user's.
+    monkeypatch.setattr(os, "stat", Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(io, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert config.lookup("rows", x, x) == shipped
 
 
 def test_the_wider_dtype_and_head_decide():

@@ -195,16 +195,18 @@ def tuned_file(device_name: str) -> Path:
 
 
 def read_tuned(device_name: str) -> dict[str, Config]:
-    """Tuned configurations by ``tuned_key``; none if the file is not there.
+    """Tuned configurations by ``tuned_key``; none if the file is not there, or out of this user's reach.
 
     Raises:
         ValueError: naming a file that does not hold configurations.
     """
     file = tuned_file(device_name)
-    if not file.exists():
-        return {}
     try:
-        return {key: Config(*map(int, row)) for key, row in json.loads(file.read_text()).items()}
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return {}  # a home that is another user's, as root's in a container, must not cost the kernels
+    try:
+        return {key: Config(*map(int, row)) for key, row in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} holds no configurations ({error}). Delete it; `bertkd tune` makes a new one."
