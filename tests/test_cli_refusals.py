@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,3 +143,17 @@ def test_a_model_that_cannot_teach_is_fine_tuned_with_a_warning(place, tmp_path,
     given = ["--teacher", str(tmp_path / "mpnet"), "--output_dir", str(tmp_path / "student")]
     assert main(["distill", *given, *words]) == 2
     assert "model type 'mpnet' is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+@pytest.mark.parametrize("module", ["matplotlib.figure", "sklearn.metrics"])
+def test_a_library_that_comes_last_is_asked_for_first(
+    command, module, place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    out = tmp_path / "out"
+    words = ["--model" if command == "finetune" else "--teacher", place["teacher"]]
+    words += ["--task", place["task"], "--output_dir", str(out), "--steps", "1", *FAST]
+    assert main([command, *words]) == 1
+    assert f"import of {module} halted" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,6 +1,7 @@
 """The demo from a teacher to its report, on a tiny teacher."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -118,3 +119,11 @@ def test_a_demo_at_work_is_not_disturbed(tiny_demo):
     teacher, recipe, out = tiny_demo
     with other_run_in(out, "demo"), pytest.raises(ValueError, match="demo' is in use by another"):
         run_demo(teacher, recipe, out)
+
+
+def test_what_draws_is_asked_for_before_the_training(tiny_demo, monkeypatch):
+    teacher, recipe, out = tiny_demo
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"matplotlib\.figure"):
+        run_demo(teacher, recipe, out)
+    assert not out.exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import pytest
 from other_run import other_run_in
@@ -187,6 +188,13 @@ def test_study_refuses_a_task_without_test_split_and_a_teacher_without_metric(
     assert main([*study, "--output_dir", str(out)]) == 2
     assert "teacher stage has metric: null" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_study_asks_for_what_draws_before_it_trains(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*study, "--output_dir", str(tmp_path / "out")]) == 1
+    assert "import of matplotlib.figure halted" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_study_refuses_what_cannot_work(study, tmp_path, capsys):

@@ -17,6 +17,7 @@ from bertkd.study.demo_report import write_report, write_run
 from bertkd.study.demo_result import DemoResult, SeedResult
 from bertkd.study.files import held_output_dir
 from bertkd.study.models import load_config, load_model, load_tokenizer
+from bertkd.study.plots import check_can_draw
 from bertkd.study.progress import Progress
 from bertkd.study.retrieval import RetrievalJudge, score_similarities
 from bertkd.study.stages import ticking
@@ -78,6 +79,7 @@ def run_demo(teacher_dir: Path, recipe: Recipe, output_dir: Path, *, seeds: int 
     Raises:
         ValueError: the recipe has several stages, or the folder cannot be used or is in use.
     """
+    check_can_draw()
     start = time.monotonic()
     recipe = demo_recipe(recipe)
     with held_output_dir(output_dir, "demo"):

@@ -24,7 +24,7 @@ from bertkd.study.card import (
 )
 from bertkd.study.files import claim_output_dir, write_json
 from bertkd.study.models import quiet_transformers
-from bertkd.study.plots import plot_losses, plot_score_curves
+from bertkd.study.plots import check_can_draw, plot_losses, plot_score_curves
 from bertkd.study.stages import loss_curves, run_stages, score_curves, stage_facts
 from bertkd.study.table import Table
 from bertkd.study.workload import RETRIEVAL, Scores, Workload, judge_all
@@ -72,6 +72,9 @@ class Job:
     seed: int = 0
     resume: bool | str = False
     log_with: str | None = "tensorboard"
+
+    def __post_init__(self) -> None:
+        check_can_draw()
 
 
 def run_job(job: Job) -> Path:

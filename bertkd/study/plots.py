@@ -32,6 +32,15 @@ UNITS = {
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
+def check_can_draw() -> None:
+    """To be asked before a training: its pictures are drawn after it, when hours would be lost.
+
+    Raises:
+        ImportError: matplotlib is not installed, or does not fit what is.
+    """
+    import matplotlib.figure  # noqa: F401 - not at the top: the benchmark's pictures can be left out
+
+
 def plot_losses(history: Mapping[str, Curve], path: str | Path, title: str) -> Path:
     """One panel per loss term over a shared step axis, logarithmic where all values allow it.
 

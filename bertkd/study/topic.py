@@ -20,6 +20,7 @@ from bertkd.errors import NonFiniteError
 from bertkd.student import create_student
 from bertkd.study.files import held_output_dir, write_json
 from bertkd.study.models import label_config, load_model, load_tokenizer, quiet_transformers
+from bertkd.study.plots import check_can_draw
 from bertkd.study.progress import Progress
 from bertkd.study.stages import ticking
 from bertkd.study.topic_report import Run, write_report
@@ -178,6 +179,7 @@ def run_topic(study: TopicStudy) -> list[Run]:
         ValueError: the folder cannot be used or is in use, or the task is unlabelled or has no test split.
         NonFiniteError: the teacher failed; or students did, and the report holds the others.
     """
+    check_can_draw()
     tokenizer = load_tokenizer(study.model, "model")
     workload = load_workload(study.recipe.task, tokenizer, study.recipe.max_length)
     if workload.task is None or "test" not in workload.judges:

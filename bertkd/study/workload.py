@@ -26,7 +26,7 @@ from bertkd.errors import NonFiniteError
 from bertkd.study.models import class_names
 from bertkd.study.retrieval import RetrievalJudge
 from bertkd.training.evaluate import predict
-from bertkd.training.metrics import compute_metrics
+from bertkd.training.metrics import check_computable, compute_metrics
 
 if TYPE_CHECKING:
     from bertkd.training.recipe import Stage
@@ -120,6 +120,7 @@ def load_workload(task: str, tokenizer: Any, max_length: int, **columns: Any) ->
             raise ValueError(f"{', '.join(columns)}: for labelled tasks only, not for {task!r}.")
         return _retrieval(tokenizer, max_length)
     data = load_task(task, tokenizer=tokenizer, max_length=max_length, **columns)
+    check_computable(data.metric_names)
     splits = {"validation": data.validation, "test": data.test, **data.extra_validation}
     collate = Collator(tokenizer)
     judges = {

@@ -9,6 +9,7 @@ and QQP and MCC for CoLA; Pearson and Spearman for STS-B.
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,16 @@ METRICS: Mapping[str, Metric] = {
     "pearson": Metric(_correlation("pearsonr"), True, "Pearson correlation"),
     "spearman": Metric(_correlation("spearmanr"), True, "Spearman rank correlation"),
 }
+
+
+def check_computable(names: Sequence[str]) -> None:
+    """To be asked before a training that is scored with these metrics at its end.
+
+    Raises:
+        ImportError: scikit-learn or scipy is not installed, or does not fit what is.
+    """
+    for name in names:
+        importlib.import_module("scipy.stats" if METRICS[name].regression else "sklearn.metrics")
 
 
 def compute_metrics(
