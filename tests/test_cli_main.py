@@ -1,5 +1,6 @@
 """``bertkd``: help, options, config files, errors and exit codes of every command."""
 
+import os
 import subprocess
 import sys
 
@@ -245,6 +246,19 @@ def test_a_missing_library_is_one_line_that_says_what_installs_it(modules, words
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"No module named {modules[0]!r}; pip install 'bertkd[train]' brings it" in done.stderr
+
+
+def test_what_the_output_cannot_encode_fails_no_command():
+    code = (
+        "import sys\n"
+        "from bertkd.cli import info\n"
+        "from bertkd.cli.main import main\n"
+        "info.prepare = lambda config: lambda: print('model: runs/Übung')\n"
+        "sys.exit(main(['info']))\n"
+    )
+    plain = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
+    assert (done.returncode, done.stdout) == (0, "model: runs/\\xdcbung\n"), done.stderr
 
 
 def test_plain_options_are_read_as_the_others_are():

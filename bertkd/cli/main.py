@@ -6,6 +6,7 @@ nothing has been trained or written. 130: interrupted. 141: nobody reads the out
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     words = with_underscores(sys.argv[1:] if argv is None else argv)
+    # A folder's or a task's name that the output cannot hold (PYTHONIOENCODING, a Latin-1 locale) must not fail a run.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         name, command, values = _parsed(words or ["--help"])
         with warnings.catch_warnings():
