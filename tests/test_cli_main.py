@@ -261,6 +261,18 @@ def test_what_the_output_cannot_encode_fails_no_command():
     assert (done.returncode, done.stdout) == (0, "model: runs/\\xdcbung\n"), done.stderr
 
 
+def test_closed_outputs_fail_no_command():
+    code = (
+        "import sys\n"
+        "from bertkd.cli import info\n"
+        "from bertkd.cli.main import main\n"
+        "info.prepare = lambda config: lambda: (print('a'), sys.stderr.isatty())\n"
+        "sys.exit(main(['info']))\n"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, code]
+    assert subprocess.run(command).returncode == 0
+
+
 def test_plain_options_are_read_as_the_others_are():
     parser = plain_command_parser("verify", COMMANDS["verify"].Config)
     words = ["--ops", "[attention_kl, 'logit_kl']", "--dtypes=float16", "--length", "7", "--debug"]

@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with 0 after ``--help`` and ``--version``, with 2 for arguments that do not parse.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     # Of several processes only the first warns.
     level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
