@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import ISAS, LOW, assert_close, machine, needs_native
 from oracle import relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertkd import functional, reference
 from bertkd.ops import native
 from bertkd.ops.native import linear_kl
+from bertkd.ops.schema import _counted_rows
 
 pytestmark = needs_native
 
@@ -123,7 +125,8 @@ def test_linear_kl_equals_reference(
 
     expected = loss("eager", True)
     with pytest.MonkeyPatch.context() as patch, machine(isa, 2):
-        patch.setattr(linear_kl, "BLOCK", block)
+        patch.setattr(linear_kl, "LEAST_ROWS", block)
+        patch.setattr(linear_kl, "MOST_ROWS", block)
         actual = loss("native", False)
     assert_close(actual[:1], expected[:1], rows)
     for got, want, like in zip(actual[1:], expected[1:], (h_s, w_s, bias_s), strict=False):
@@ -144,6 +147,29 @@ def test_linear_kl_projects_only_rows_that_count(isa, poisoned):
     for got, want in zip(spoiled, plain, strict=True):
         torch.testing.assert_close(got, want)
     assert all((x == 0).all() for x in none)
+
+
+class Copies(TorchDispatchMode):
+    """Counts what copies rows out of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.index.Tensor
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("left_out", "copied"), [(0, False), (1, True)])
+def test_linear_kl_copies_no_states_where_every_row_counts(left_out, copied):
+    (h_s, h_t), (w_s, w_t) = pair(6, 8, seed=0), pair(3, 8, seed=1)
+    weight = (torch.arange(6) >= left_out).float()
+    decoders = w_s, None, h_t, w_t, None, 1.0
+    with Copies() as counted:
+        native.linear_kl_fwd_bwd(weight, h_s, *decoders)
+    assert bool(counted.count) == copied
+    with Copies() as counted:
+        _counted_rows(native.linear_kl_rows, weight, h_s, *decoders)
+    assert bool(counted.count) == copied
 
 
 @pytest.mark.parametrize("isa", ISAS)

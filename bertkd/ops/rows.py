@@ -22,11 +22,13 @@ def weighted(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def counted_rows(row_weight: Tensor) -> Tensor | None:
-    """Indices of the rows (N,) that weigh anything; None, for all of them, during a capture of a CUDA graph, which
-    cannot wait for their number."""
+    """Indices of the rows (N,) that weigh anything. None for all of them: if every one does, as a copy of the states
+    would cost more than decoders of few classes, and during a capture of a CUDA graph, which cannot wait for their number.
+    """
     if row_weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    return row_weight.nonzero().squeeze(-1)
+    kept = row_weight.nonzero().squeeze(-1)
+    return None if kept.numel() == row_weight.numel() else kept
 
 
 def row_weights(

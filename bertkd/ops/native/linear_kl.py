@@ -10,37 +10,44 @@ from torch import Tensor
 
 from bertkd.ops.native.library import in_large_pages
 from bertkd.ops.native.rows import softmax_kl_into, softmax_kl_rows
+from bertkd.ops.rows import counted_rows
+from bertkd.ops.tensors import bias_gradient
 
 # Every block reads both decoders whole, and adds to the (V, d) gradient of one: fewer rows spend their time on that.
-BLOCK = 256
+# With few classes they spend it between the calls, so there a block has more, while its logits stay in the cache.
+LEAST_ROWS, MOST_ROWS = 256, 2048
+LOGITS = 1 << 18
 
 
 class _Side(NamedTuple):
-    """One decoder in float32: states (N, d), weight (V, d), bias (V,), and memory for a block of its logits."""
+    """One decoder in float32: weight (V, d), bias (V,), and memory for a block of its logits."""
 
-    hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     memory: Tensor
 
-    def logits(self, rows: slice) -> Tensor:
-        """(n, V); overwritten by the next call."""
-        hidden = self.hidden[rows]
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) of states (n, d) in float32; overwritten by the next call."""
         out = self.memory[: hidden.shape[0]]
         if self.bias is None:
             return torch.mm(hidden, self.weight.T, out=out)
         return torch.addmm(self.bias, hidden, self.weight.T, out=out)
 
 
-def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Side:
-    shape = min(BLOCK, hidden.shape[0]), weight.shape[0]
+def _side(rows: int, weight: Tensor, bias: Tensor | None) -> _Side:
+    shape = min(_block(weight.shape[0]), rows), weight.shape[0]
     memory = in_large_pages(torch.empty(shape, dtype=torch.float32))
-    return _Side(hidden.float(), weight.float(), None if bias is None else bias.float(), memory)
+    return _Side(weight.float(), None if bias is None else bias.float(), memory)
 
 
-def _blocks(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, BLOCK):
-        yield slice(start, min(start + BLOCK, rows))
+def _block(classes: int) -> int:
+    return max(LEAST_ROWS, min(MOST_ROWS, LOGITS // classes))
+
+
+def _blocks(rows: int, classes: int) -> Iterator[slice]:
+    step = _block(classes)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def linear_kl_rows(
@@ -53,10 +60,12 @@ def linear_kl_rows(
     temperature: float,
 ) -> Tensor:
     """``softmax_kl_rows`` of the decoders' logits: (N, d_s), (V, d_s), (N, d_t), (V, d_t) -> (N,)."""
-    student, teacher = _side(h_s, w_s, bias_s), _side(h_t, w_t, bias_t)
-    out = torch.empty(h_s.shape[0], dtype=torch.float32)
-    for rows in _blocks(h_s.shape[0]):
-        out[rows] = softmax_kl_rows(student.logits(rows), teacher.logits(rows), temperature)
+    count, classes = h_s.shape[0], w_s.shape[0]
+    student, teacher = _side(count, w_s, bias_s), _side(count, w_t, bias_t)
+    out = torch.empty(count, dtype=torch.float32)
+    for rows in _blocks(count, classes):
+        logits_s, logits_t = student.logits(h_s[rows].float()), teacher.logits(h_t[rows].float())
+        out[rows] = softmax_kl_rows(logits_s, logits_t, temperature)
     return out
 
 
@@ -74,21 +83,22 @@ def linear_kl_fwd_bwd(
 
     Rows of weight 0 are never projected: for masked language modelling that is 85 % of the work.
     """
-    kept = row_weight.nonzero().squeeze(-1)
-    weight = row_weight[kept]
-    student, teacher = _side(h_s[kept], w_s, bias_s), _side(h_t[kept], w_t, bias_t)
+    kept = counted_rows(row_weight)
+    count, classes = row_weight.shape[0] if kept is None else kept.numel(), w_s.shape[0]
+    student, teacher = _side(count, w_s, bias_s), _side(count, w_t, bias_t)
     loss = torch.zeros((), dtype=torch.float32)
-    grad_h = torch.empty(student.hidden.shape, dtype=torch.float32)
+    grad_h = torch.empty_like(h_s) if kept is None else torch.zeros_like(h_s)
     grad_w = in_large_pages(torch.zeros(w_s.shape, dtype=torch.float32))
-    grad_b = torch.zeros(0 if bias_s is None else w_s.shape[0], dtype=torch.float32)
-    for rows in _blocks(kept.numel()):
-        logits = student.logits(rows)
+    grad_b = torch.zeros(0 if bias_s is None else classes, dtype=torch.float32)
+    for block in _blocks(count, classes):
+        # Slices are views: the states themselves are copied only where rows are left out.
+        rows = block if kept is None else kept[block]
+        hidden = h_s[rows].float()
+        logits_s, logits_t = student.logits(hidden), teacher.logits(h_t[rows].float())
         # The student's logits become their gradient, in place.
-        loss += softmax_kl_into(weight[rows], logits, teacher.logits(rows), temperature, logits)
-        torch.mm(logits, student.weight, out=grad_h[rows])
-        grad_w.addmm_(logits.T, student.hidden[rows])
+        loss += softmax_kl_into(row_weight[rows], logits_s, logits_t, temperature, logits_s)
+        grad_h[rows] = torch.mm(logits_s, student.weight).to(h_s.dtype)
+        grad_w.addmm_(logits_s.T, hidden)
         if bias_s is not None:
-            grad_b += logits.sum(0)
-    whole = torch.zeros_like(h_s).index_copy_(0, kept, grad_h.to(h_s.dtype))
-    bias_dtype = w_s.dtype if bias_s is None else bias_s.dtype
-    return loss, whole, grad_w.to(w_s.dtype), grad_b.to(bias_dtype)
+            grad_b += logits_s.sum(0)
+    return loss, grad_h, grad_w.to(w_s.dtype), bias_gradient(grad_b, bias_s, w_s)
