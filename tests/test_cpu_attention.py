@@ -160,15 +160,17 @@ def test_what_the_kernel_cannot_do_goes_to_sdpa(options, module_is_causal, mask,
         (*heads(), 0.0, True),
         (*heads(6, 4), 0.0, False),
         (*heads(dtype=torch.float64), 0.1, False),
-        # Half precision without dropout: SDPA has better instructions for it.
-        (*heads(dtype=torch.bfloat16), 0.0, False),
+        (*heads(dtype=torch.bfloat16), 0.0, True),
+        (*heads(dtype=torch.float16), 0.0, True),
         (*heads(dtype=torch.bfloat16), 0.1, True),
         # Two heads of one sequence for three threads: only where SDPA would make maps.
         (*[x[:1, :1] for x in heads()], 0.0, False),
         (*[x[:1, :1] for x in heads()], 0.1, True),
     ],
 )
-def test_when_the_kernel_is_the_choice(query, key, dropout, kernel, calls):
+def test_when_the_kernel_is_the_choice(query, key, dropout, kernel, calls, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(cpu_attention, "isa", lambda: "avx2")
     module = nn.Module()
     module.is_causal = False
     mask = torch.ones(len(query), key.shape[2], dtype=torch.bool)
@@ -178,8 +180,26 @@ def test_when_the_kernel_is_the_choice(query, key, dropout, kernel, calls):
     assert bool(calls) == kernel
     if not dropout:
         keys = mask[:, None, None, :].expand(-1, -1, query.shape[2], -1)
-        want = nn.functional.scaled_dot_product_attention(query, key, key, keys)
-        torch.testing.assert_close(out.transpose(1, 2), want)
+        q, k = query.double(), key.double()
+        want = nn.functional.scaled_dot_product_attention(q, k, k, keys)
+        torch.testing.assert_close(out.transpose(1, 2), want.to(out.dtype))
+
+
+@pytest.mark.parametrize(("amx", "isa"), [(True, "avx512"), (False, "portable")])
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "kernel"),
+    [(torch.bfloat16, 0.0, False), (torch.bfloat16, 0.1, True), (torch.float32, 0.0, True)],
+)
+def test_half_precision_is_left_to_better_instructions(
+    amx, isa, dtype, dropout, kernel, calls, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(cpu_attention, "isa", lambda: isa)
+    query, key = heads(dtype=dtype)
+    module = nn.Module()
+    module.is_causal = False
+    attend(module, query, key, key, None, dropout=dropout)
+    assert bool(calls) == kernel
 
 
 def test_masks_that_are_more_than_pads_are_made_in_full():
