@@ -6,7 +6,7 @@ from attention_cases import qkv, value_and_grads
 from oracle import relative
 
 from bertkd import functional
-from bertkd.ops.chunked import linear_kl, tiles
+from bertkd.ops.chunked import softmax_kl, tiles
 
 BF16 = torch.bfloat16
 
@@ -40,7 +40,7 @@ def cases():
 @pytest.mark.parametrize("name", cases())
 def test_gradients_are_rounded_once(name, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_BUDGET", 150)
-    monkeypatch.setattr(linear_kl, "LEAST_ROWS", 1)
+    monkeypatch.setattr(softmax_kl, "LEAST_ROWS", 1)
     # Long sequences would be Gram matrices, which one product makes.
     monkeypatch.setattr("bertkd.ops.chunked.attention_mse.gram_pays", lambda *_: False)
     loss, student, teacher = cases()[name]
@@ -51,3 +51,8 @@ def test_gradients_are_rounded_once(name, monkeypatch):
     for got, want in zip(grads, exact[1:], strict=True):
         assert got.dtype == BF16
         assert relative(got, want) <= torch.finfo(BF16).eps / 2
+
+
+def test_projected_rows_come_in_blocks_that_are_worth_the_weights():
+    sizes = [x.stop - x.start for x in softmax_kl.projected_blocks(600, 9216, torch.device("cpu"))]
+    assert sizes == [256, 256, 88]

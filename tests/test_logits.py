@@ -9,7 +9,7 @@ from oracle import relative
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 from bertkd import functional
-from bertkd.ops.chunked import linear_kl as chunked_linear
+from bertkd.ops.chunked import softmax_kl as row_losses
 from bertkd.ops.chunked import tiles
 from bertkd.ops.implementations import implementation
 
@@ -60,7 +60,7 @@ def check(loss, case, student, teacher):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "CPU_BUDGET", case["budget"])
-        patch.setattr(chunked_linear, "LEAST_ROWS", 1)
+        patch.setattr(row_losses, "LEAST_ROWS", 1)
         actual = value_and_grads(loss, student, *teacher, impl="chunked", **options)
     expected = exact(loss, student, *teacher, **options)
     for got, (want, move) in zip(actual, expected, strict=True):

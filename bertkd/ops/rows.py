@@ -23,7 +23,7 @@ def weighted(rows: Tensor, weight: Tensor) -> Tensor:
 
 def counted_rows(row_weight: Tensor) -> Tensor | None:
     """Indices of the rows (N,) that weigh anything. None for all of them: if every one does, as a copy of the states
-    would cost more than decoders of few classes, and during a capture of a CUDA graph, which cannot wait for their number.
+    would cost more than decoders of few classes, and during a capture of a CUDA graph, which cannot wait for a number.
     """
     if row_weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return None

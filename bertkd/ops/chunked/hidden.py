@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from bertkd.ops.chunked.softmax_kl import row_blocks
+from bertkd.ops.chunked.softmax_kl import projected_blocks, row_blocks
 from bertkd.ops.rows import weighted
 from bertkd.ops.tensors import bias_gradient
 from bertkd.reference import COSINE_EPS, compute_dtype, hidden_cosine_rows, hidden_mse_rows
@@ -43,11 +43,15 @@ def hidden_mse_sum(row_weight: Tensor, h_s: Sequence[Tensor], h_t: Sequence[Tens
 
 
 def _sum(
-    row_weight: Tensor, width: int, definition: Callable[..., Tensor], *states: Tensor
+    row_weight: Tensor,
+    width: int,
+    definition: Callable[..., Tensor],
+    *states: Tensor,
+    blocks: Callable[..., Iterator[slice]] = row_blocks,
 ) -> Tensor:
     """The weighted sum of a definition's rows, block by block, with temporaries of ``width`` columns."""
     loss = row_weight.new_zeros(())
-    for block in row_blocks(row_weight.shape[0], width, row_weight.device):
+    for block in blocks(row_weight.shape[0], width, row_weight.device):
         rows = definition(*(x[block] for x in states))
         loss += weighted(rows, row_weight[block]).sum()
     return loss
@@ -63,7 +67,7 @@ def hidden_proj_mse_fwd_bwd(
     grad_h = torch.empty_like(h_s)
     grad_w = torch.zeros_like(weight, dtype=dtype)
     grad_b = torch.zeros(w.shape[0] if bias is not None else 0, dtype=dtype, device=h_s.device)
-    for block in row_blocks(h_s.shape[0], max(w.shape), h_s.device):
+    for block in projected_blocks(h_s.shape[0], max(w.shape), h_s.device):
         hidden = h_s[block].to(dtype)
         residual = (hidden @ w.T).sub_(h_t[block].to(dtype))
         if bias is not None:
@@ -83,7 +87,7 @@ def hidden_proj_mse_sum(
 ) -> Tensor:
     """The same sum alone: one product instead of three."""
     rows = partial(hidden_mse_rows, weight=weight, bias=bias)
-    return _sum(row_weight, max(weight.shape), rows, h_s, h_t)
+    return _sum(row_weight, max(weight.shape), rows, h_s, h_t, blocks=projected_blocks)
 
 
 def hidden_combine_mse_fwd_bwd(
@@ -106,7 +110,7 @@ def hidden_combine_mse_fwd_bwd(
     grad_w = torch.zeros_like(w)
     grad_b = torch.zeros(w.shape[0] if bias is not None else 0, dtype=dtype, device=w.device)
     grad_slices = torch.split(grad_w, [t.shape[-1] for t in h_t], 1)
-    for block in row_blocks(h_s[0].shape[0], max(w.shape), w.device):
+    for block in projected_blocks(h_s[0].shape[0], max(w.shape), w.device):
         teachers = [t[block].to(dtype) for t in h_t]
         target = torch.zeros(teachers[0].shape[0], w.shape[0], dtype=dtype, device=w.device)
         if bias is not None:
@@ -142,7 +146,7 @@ def hidden_combine_mse_sum(
         teachers, students = (torch.cat(x, -1) for x in (wide[: len(h_t)], wide[len(h_t) :]))
         return hidden_mse_rows(teachers, students, weight, bias)
 
-    return _sum(row_weight, max(weight.shape), rows, *h_t, *h_s)
+    return _sum(row_weight, max(weight.shape), rows, *h_t, *h_s, blocks=projected_blocks)
 
 
 def hidden_cosine_fwd_bwd(row_weight: Tensor, h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:

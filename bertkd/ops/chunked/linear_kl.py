@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.chunked.softmax_kl import row_blocks
+from bertkd.ops.chunked.softmax_kl import projected_blocks
 from bertkd.ops.chunked.tiles import Workspace, kl_sweep
 from bertkd.ops.rows import counted_rows
 from bertkd.ops.tensors import bias_gradient
 from bertkd.reference import compute_dtype
-
-# Every block reads both decoders whole: a few rows at a time would spend its time on that.
-LEAST_ROWS = 256
 
 
 class _Decoders:
@@ -56,7 +53,7 @@ def linear_kl_rows(
     """``softmax_kl_rows`` of the decoders' logits: (N, d_s), (V, d_s), (N, d_t), (V, d_t) -> (N,)."""
     decoders = _Decoders(h_s, w_s, bias_s, h_t, w_t, bias_t, temperature)
     out = torch.empty(h_s.shape[0], dtype=decoders.dtype, device=h_s.device)
-    for block in row_blocks(h_s.shape[0], w_s.shape[0], h_s.device, LEAST_ROWS):
+    for block in projected_blocks(h_s.shape[0], w_s.shape[0], h_s.device):
         out[block] = decoders.sweep(block)[0]
     return out
 
@@ -84,7 +81,7 @@ def linear_kl_fwd_bwd(
     grad_w = torch.zeros_like(w_s, dtype=dtype)
     grad_b = torch.zeros(w_s.shape[0] if bias_s is not None else 0, dtype=dtype, device=h_s.device)
     count = row_weight.shape[0] if kept is None else kept.numel()
-    for block in row_blocks(count, w_s.shape[0], h_s.device, LEAST_ROWS):
+    for block in projected_blocks(count, w_s.shape[0], h_s.device):
         rows = block if kept is None else kept[block]
         row_kl, difference, hidden = decoders.sweep(rows)
         weight = row_weight[rows].to(dtype)

@@ -11,6 +11,15 @@ from bertkd.ops.chunked.tiles import Workspace, budget, kl_sweep, low
 from bertkd.ops.rows import weighted
 from bertkd.reference import compute_dtype
 
+# Every block of projected rows reads the weights whole and adds to their gradient: a few rows would spend their time on
+# that.
+LEAST_ROWS = 256
+
+
+def projected_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """``row_blocks`` for rows that are multiplied with weights."""
+    return row_blocks(rows, width, device, LEAST_ROWS)
+
 
 def row_blocks(rows: int, width: int, device: torch.device, least: int = 1) -> Iterator[slice]:
     """Slices of rows such that a block of ``width`` columns fits the tile budget, but of ``least`` rows at least."""
