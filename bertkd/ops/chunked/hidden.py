@@ -156,17 +156,28 @@ def hidden_cosine_fwd_bwd(row_weight: Tensor, h_s: Tensor, h_t: Tensor) -> tuple
     grad = torch.empty_like(h_s)
     for block in row_blocks(h_s.shape[0], h_s.shape[1], h_s.device):
         x, y = h_s[block].to(dtype), h_t[block].to(dtype)
-        square_x = x.square().sum(-1, keepdim=True)
-        square_y = y.square().sum(-1, keepdim=True).clamp_min(COSINE_EPS)
+        square_x = x.square().sum(-1)
+        norm = (square_x.clamp_min(COSINE_EPS) * y.square().sum(-1).clamp_min(COSINE_EPS)).sqrt()
         # Up to COSINE_EPS there is no direction: the cosine is 0 and has no gradient.
-        directed, square_x = square_x > COSINE_EPS, square_x.clamp_min(COSINE_EPS)
-        norm = (square_x * square_y).sqrt()
-        cosine = torch.where(directed, (x * y).sum(-1, keepdim=True) / norm, 0.0)
-        weight = row_weight[block].to(dtype).unsqueeze(-1)
+        directed = square_x > COSINE_EPS
+        cosine = torch.where(directed, (x * y).sum(-1) / norm, 0.0)
+        weight = row_weight[block].to(dtype)
         loss += weighted(1.0 - cosine, weight).sum()
-        across = (cosine / square_x) * x - y / norm
-        grad[block] = torch.where(directed, weighted(across, weight), 0.0).to(h_s.dtype)
+        # What a row has in common is worked out before the two passes over its columns.
+        across = x * (weight * cosine / square_x).unsqueeze(-1)
+        across.addcmul_(y, (weight / norm).unsqueeze(-1), value=-1)
+        _clear_rows(across, ~directed | (weight == 0))
+        grad[block] = across
     return loss, grad
+
+
+def _clear_rows(x: Tensor, which: Tensor) -> None:
+    """Sets rows of (N, d) to 0, whatever they hold."""
+    if x.device.type == "cpu":
+        # Touches those rows alone; a GPU would have to wait for their number.
+        x.index_fill_(0, which.nonzero().squeeze(-1), 0.0)
+    else:
+        x.masked_fill_(which.unsqueeze(-1), 0.0)
 
 
 def hidden_cosine_sum(row_weight: Tensor, h_s: Tensor, h_t: Tensor) -> Tensor:
