@@ -197,6 +197,19 @@ def test_threads_that_share_one_head_agree_with_one_thread():
                 assert relative(got, want) < 1e-6
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("heads", "cut"), [(1, True), (3, False)])
+def test_gram_matrices_are_shared_only_by_threads_with_nothing_else_to_do(heads, cut, isa):
+    """To share a head costs half of it again; its sums come out in the order of one thread where it is not shared."""
+    tensors = [*qkv(1, heads, 1000, 32, seed=0), *qkv(1, heads, 1000, 32, seed=1)]
+    weight = torch.ones(1, heads, 1000)
+    results = []
+    for threads in (1, 2):
+        with machine(isa, threads):
+            results.append(native.attention_mse_fwd_bwd(weight, *tensors, None, 0.2, 0.2))
+    assert torch.equal(results[0][2], results[1][2]) != cut
+
+
 def test_gradients_are_laid_out_like_the_tensors():
     q, k = qkv(2, 3, 17, 8, seed=0)
     teacher = qkv(2, 3, 17, 8, seed=1)
