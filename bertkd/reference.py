@@ -147,7 +147,7 @@ def hidden_cosine_rows(h_s: Tensor, h_t: Tensor) -> Tensor:
     square = x.square().sum(-1)
     # The norms are clamped inside the square root so that the gradient at 0 is finite.
     norm = (square.clamp_min(COSINE_EPS) * y.square().sum(-1).clamp_min(COSINE_EPS)).sqrt()
-    return 1.0 - torch.where(square > COSINE_EPS, (x * y).sum(-1) / norm, 0.0)
+    return 1.0 - torch.where(square <= COSINE_EPS, 0.0, (x * y).sum(-1) / norm)
 
 
 @full_precision

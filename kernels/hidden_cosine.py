@@ -61,12 +61,12 @@ def hidden_cosine_kernel(
         xx, yy, xy = tl.sum(xx_lanes, 1), tl.sum(yy_lanes, 1), tl.sum(xy_lanes, 1)
     # Rounded roots and quotients: equal rows must have a cosine of exactly 1.
     norm = tl.sqrt_rn(tl.maximum(xx, eps) * tl.maximum(yy, eps))
-    # Up to eps there is no direction: the cosine is 0 and has no gradient.
-    cosine = tl.where(xx > eps, tl.div_rn(xy, norm), 0.0)
+    # Up to eps there is no direction: the cosine is 0 and has no gradient. NaN is not such a length.
+    cosine = tl.where(xx <= eps, 0.0, tl.div_rn(xy, norm))
     tl.store(partials + block, tl.sum(w * (1.0 - cosine), 0))
     if grad is not None:
         along = tl.div_rn(xy, tl.maximum(xx, eps))[:, None]
-        factor = tl.where(xx > eps, tl.div_rn(-w, norm), 0.0)[:, None]
+        factor = tl.where(xx <= eps, 0.0, tl.div_rn(-w, norm))[:, None]
         to_g = grad + (rows * multiple(row_g, ALIGN))[:, None]
         kind = grad.dtype.element_ty
         if WHOLE:

@@ -167,6 +167,17 @@ def test_zero_vectors_have_cosine_zero_and_no_gradient(dtype, impl):
 
 
 @pytest.mark.parametrize("impl", ["eager", "chunked"])
+def test_the_cosine_of_nan_is_nan(impl):
+    """Taken for a vector without a direction, it would train on as if nothing had happened."""
+    h_s, h_t = torch.randn(3, 4), torch.randn(3, 4)
+    h_s[1, 2] = torch.nan
+    loss, grad = value_and_grads(functional.hidden_cosine, [h_s], h_t, impl=impl)
+    assert loss.isnan()
+    assert functional.hidden_cosine(h_s, h_t, impl=impl).isnan()
+    assert grad.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("impl", ["eager", "chunked"])
 def test_cosine_of_tiny_vectors_is_pytorchs(impl):
     h_s, h_t = 1e-7 * torch.randn(4, 3), 1e-7 * torch.randn(4, 3)
     got = value_and_grads(functional.hidden_cosine, [h_s], h_t, impl=impl)

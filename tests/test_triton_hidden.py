@@ -97,6 +97,16 @@ def test_cosine_of_zero_vectors(dtype, width):
     assert not grad.any()
 
 
+@pytest.mark.parametrize("width", [4, 2049])
+def test_the_cosine_of_nan_is_nan(width):
+    h_s, h_t = torch.randn(3, width), torch.randn(3, width)
+    h_s[1, 2] = torch.nan
+    loss, grad = value_and_grads(functional.hidden_cosine, [h_s], h_t, impl="triton")
+    assert loss.isnan()
+    assert functional.hidden_cosine(h_s, h_t, impl="triton").isnan()
+    assert grad.isnan().any(1).tolist() == [False, True, False]
+
+
 def test_cosine_of_tiny_vectors():
     h_s, h_t = 1e-7 * torch.randn(4, 3), 1e-7 * torch.randn(4, 3)
     check(functional.hidden_cosine, [h_s], h_t)

@@ -158,15 +158,15 @@ def hidden_cosine_fwd_bwd(row_weight: Tensor, h_s: Tensor, h_t: Tensor) -> tuple
         x, y = h_s[block].to(dtype), h_t[block].to(dtype)
         square_x = x.square().sum(-1)
         norm = (square_x.clamp_min(COSINE_EPS) * y.square().sum(-1).clamp_min(COSINE_EPS)).sqrt()
-        # Up to COSINE_EPS there is no direction: the cosine is 0 and has no gradient.
-        directed = square_x > COSINE_EPS
-        cosine = torch.where(directed, (x * y).sum(-1) / norm, 0.0)
+        # Up to COSINE_EPS there is no direction: the cosine is 0 and has no gradient. NaN is not such a length.
+        no_direction = square_x <= COSINE_EPS
+        cosine = torch.where(no_direction, 0.0, (x * y).sum(-1) / norm)
         weight = row_weight[block].to(dtype)
         loss += weighted(1.0 - cosine, weight).sum()
         # What a row has in common is worked out before the two passes over its columns.
         across = x * (weight * cosine / square_x).unsqueeze(-1)
         across.addcmul_(y, (weight / norm).unsqueeze(-1), value=-1)
-        _clear_rows(across, ~directed | (weight == 0))
+        _clear_rows(across, no_direction | (weight == 0))
         grad[block] = across
     return loss, grad
 
