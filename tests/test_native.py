@@ -1,5 +1,9 @@
 """The native attention kernels against the float64 reference, on every instruction set this machine has."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from attention_cases import qkv, ragged_mask, value_and_grads
@@ -208,6 +212,30 @@ def test_gram_matrices_are_shared_only_by_threads_with_nothing_else_to_do(heads,
         with machine(isa, threads):
             results.append(native.attention_mse_fwd_bwd(weight, *tensors, None, 0.2, 0.2))
     assert torch.equal(results[0][2], results[1][2]) != cut
+
+
+SHORT = """
+import torch
+from bertkd import functional
+from bertkd.ops.native.library import kernels
+
+def rows(length):
+    torch.manual_seed(0)
+    return functional.attention_kl(*torch.randn(4, 2, 3, length, 40), reduction="none", impl="native")
+
+usual = rows(16), rows(17)
+for isa in ("avx2", "avx512"):
+    kernels().select_cpu_isa(isa)
+    print(*[torch.equal(one, rows(len(one[0, 0]))) for one in usual])
+"""
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="no AVX-512 here")
+def test_short_sequences_are_left_to_avx2_unless_an_instruction_set_is_named():
+    environment = {name: x for name, x in os.environ.items() if name != "BERTKD_CPU_ISA"}
+    run = [sys.executable, "-c", SHORT]
+    child = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout.split() == ["True", "False", "False", "True"]
 
 
 def test_gradients_are_laid_out_like_the_tensors():
