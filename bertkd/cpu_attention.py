@@ -180,8 +180,9 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-# In bfloat16 SDPA took 1.1 to 4 times the kernel's time on a processor with AVX-512 (AVX512-BF16 too), in float16 2.5
-# to 4 times. With AMX, and where the kernel is a portable one, it has instructions that the kernel lacks.
+# From 32 tokens on SDPA took 1.03 to 4 times the kernel's time in bfloat16 on a processor with AVX-512 (AVX512-BF16
+# too), in float16 2.3 times and more. With AMX, and where the kernel is a portable one, SDPA has instructions that the
+# kernel lacks.
 @torch.compiler.assume_constant_result
 def _leads_in_half() -> bool:
     return isa() != "portable" and not torch.cpu._is_amx_tile_supported()
