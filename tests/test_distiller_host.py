@@ -134,7 +134,8 @@ def test_a_compiled_model_has_a_graph_for_batches_without_pads_and_one_for_other
 
 
 def captured_states(teacher, student):
-    distiller = Distiller(teacher, student, "hid_seq")
+    # Its own attention, as it is alone: bertkd's rounds otherwise.
+    distiller = Distiller(teacher, student, "hid_seq", attention="keep")
     batch = tiny_batch(teacher)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         recording = distiller._record_teacher(batch, distiller.objective.needs())
