@@ -15,7 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 class InUseError(Exception):
-    """Says who holds a lock."""
+    """A folder's lock is another run's; reads on after the folder's name, and says whose it is and what to do."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(
+            f"is in use by another run ({holder}): wait for its end, or name another place"
+        )
 
 
 @contextmanager

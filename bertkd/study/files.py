@@ -89,11 +89,8 @@ def held_output_dir(path: str | Path, command: str) -> Iterator[Path]:
     with ExitStack() as held:
         try:
             held.enter_context(locked(path / LOCK))
-        except InUseError as holder:
-            raise ValueError(
-                f"output_dir {str(path)!r} is in use by another run ({holder}): wait for its end, or name another "
-                "place."
-            ) from holder
+        except InUseError as error:
+            raise ValueError(f"output_dir {str(path)!r} {error}.") from error
         except OSError as error:
             raise _not_writable(path, error) from error
         yield path

@@ -28,10 +28,8 @@ def kept_from_others(output_dir: Path, accelerator: Accelerator) -> Iterator[Non
             try:
                 output_dir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(output_dir / LOCK))
-            except InUseError as holder:
-                reason = (
-                    f"is in use by another run ({holder}): wait for its end, or name another place"
-                )
+            except InUseError as error:
+                reason = str(error)
             except (FileExistsError, NotADirectoryError):
                 reason = "cannot be a folder: it is, or lies in, a file or a link to nowhere; name another place"
             except OSError as error:
