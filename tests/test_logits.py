@@ -110,6 +110,26 @@ def test_linear_kl_projects_only_rows_that_count():
         torch.testing.assert_close(clean, dirty)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "auto"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("trained", [(0,), (1, 2), (0, 2), (1,)])
+def test_linear_kl_of_frozen_tensors(trained, reduction, impl):
+    shapes = [(6, 4), (9, 4), (9,), (6, 5), (9, 5)]
+    tensors = [normal(*s, seed=i) for i, s in enumerate(shapes)]
+    grads = []
+    for run, dtype in (("eager", torch.float64), (impl, torch.float32)):
+        h_s, w_s, bias, h_t, w_t = leaves = [x.to(dtype) for x in tensors]
+        for i in trained:
+            leaves[i].requires_grad_()
+        options = {"bias_s": bias, "reduction": reduction, "impl": run}
+        functional.linear_kl(h_s, w_s, h_t, w_t, **options).sum().backward()
+        grads.append([x.grad for x in leaves])
+    for i, (want, got) in enumerate(zip(*grads, strict=True)):
+        assert (got is not None) == (i in trained)
+        if i in trained:
+            torch.testing.assert_close(got, want.float())
+
+
 def test_gradcheck_in_float64():
     z_s, z_t = normal(4, 5, seed=0).double(), normal(4, 5, seed=1).double()
     assert torch.autograd.gradcheck(

@@ -139,11 +139,11 @@ def test_linear_kl_equals_reference(
 def test_linear_kl_projects_only_rows_that_count(isa, poisoned):
     (h_s, h_t), (w_s, w_t) = pair(6, 8, seed=0), pair(50, 8, seed=1)
     weight = torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0, 0.0])
-    plain = native.linear_kl_fwd_bwd(weight, h_s, w_s, None, h_t, w_t, None, 1.0)
+    plain = native.linear_kl_fwd_bwd(weight, h_s, w_s, None, h_t, w_t, None, 1.0, True)
     h_s[1], h_t[3] = float("nan"), float("inf")
     with machine(isa):
-        spoiled = native.linear_kl_fwd_bwd(weight, h_s, w_s, None, h_t, w_t, None, 1.0)
-        none = native.linear_kl_fwd_bwd(weight * 0, h_s, w_s, None, h_t, w_t, None, 1.0)
+        spoiled = native.linear_kl_fwd_bwd(weight, h_s, w_s, None, h_t, w_t, None, 1.0, True)
+        none = native.linear_kl_fwd_bwd(weight * 0, h_s, w_s, None, h_t, w_t, None, 1.0, True)
     for got, want in zip(spoiled, plain, strict=True):
         torch.testing.assert_close(got, want)
     assert all((x == 0).all() for x in none)
@@ -163,13 +163,27 @@ class Copies(TorchDispatchMode):
 def test_linear_kl_copies_no_states_where_every_row_counts(left_out, copied):
     (h_s, h_t), (w_s, w_t) = pair(6, 8, seed=0), pair(3, 8, seed=1)
     weight = (torch.arange(6) >= left_out).float()
-    decoders = w_s, None, h_t, w_t, None, 1.0
+    decoders = w_s, None, h_t, w_t, None, 1.0, True
     with Copies() as counted:
         native.linear_kl_fwd_bwd(weight, h_s, *decoders)
     assert bool(counted.count) == copied
     with Copies() as counted:
         _counted_rows(native.linear_kl_rows, weight, h_s, *decoders)
     assert bool(counted.count) == copied
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_kl_makes_no_gradient_of_a_frozen_decoder(isa, biased):
+    (h_s, h_t), (w_s, w_t) = pair(6, 8, seed=0), pair(50, 8, seed=1)
+    (bias, _) = pair(1, 50, seed=2)
+    args = torch.rand(6), h_s, w_s, bias[0] if biased else None, h_t, w_t, None, 1.0
+    with machine(isa):
+        loss, grad_h, *_ = native.linear_kl_fwd_bwd(*args, True)
+        alone = native.linear_kl_fwd_bwd(*args, False)
+    assert torch.equal(alone[0], loss)
+    assert torch.equal(alone[1], grad_h)
+    assert [x.numel() for x in alone[2:]] == [0, 0]
 
 
 @pytest.mark.parametrize("isa", ISAS)

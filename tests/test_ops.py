@@ -24,7 +24,16 @@ def inputs(op):
     rows, d_s, d_t = torch.rand(8), torch.randn(8, 4), torch.randn(8, 6)
     weight, bias = torch.randn(6, 4), torch.randn(6).half()
     attention = (*student, *teacher, mask, 0.5, 0.5)
-    linear = (d_s, torch.randn(9, 4), torch.randn(9).half(), d_t, torch.randn(9, 6), None, 2.0)
+    linear = (
+        d_s,
+        torch.randn(9, 4),
+        torch.randn(9).half(),
+        d_t,
+        torch.randn(9, 6),
+        None,
+        2.0,
+        True,
+    )
     return {
         "relation_kl_rows": attention,
         "relation_kl_fwd_bwd": (heads_weight, *attention),
@@ -50,6 +59,12 @@ def inputs(op):
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_opcheck(op):
     torch.library.opcheck(OPS[op], (*inputs(op), "chunked"))
+
+
+def test_opcheck_of_a_frozen_decoder():
+    *args, decoder_grad = inputs("linear_kl_fwd_bwd")
+    assert decoder_grad
+    torch.library.opcheck(OPS["linear_kl_fwd_bwd"], (*args, False, "chunked"))
 
 
 def losses():
@@ -80,6 +95,10 @@ def losses():
         "linear_kl": (
             lambda h, w: functional.linear_kl(h, w, h_t, torch.ones(6, 6).tril(), mask),
             [h_s, weight],
+        ),
+        "linear_kl, frozen decoder": (
+            lambda h: functional.linear_kl(h, weight, h_t, torch.ones(6, 6).tril(), mask),
+            [h_s],
         ),
     }
 

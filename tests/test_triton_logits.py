@@ -120,6 +120,15 @@ def linear(h_s, w_s, *rest, **options):
     return functional.linear_kl(h_s, w_s, h_t, w_t, bias_s=bias, bias_t=bias_t, **options)
 
 
+def frozen(w_s, bias_s):
+    """``linear`` of states alone, as a decoder that is not trained leaves it."""
+
+    def loss(h_s, *teacher, **options):
+        return linear(h_s, *(x.to(h_s.dtype) for x in (w_s, bias_s)), *teacher, **options)
+
+    return loss
+
+
 def decoders(rows, d_s, d_t, vocabulary, dtype):
     shapes = [
         (rows, d_s),
@@ -150,6 +159,7 @@ def test_linear_equals_reference(rows, vocabulary, dtype, compaction, use, monke
     check(linear, tensors[:3], *tensors[3:], **options)
     check(linear, tensors[:2], *tensors[3:], **options)
     check(linear, tensors[:3], *tensors[3:], reduction="none")
+    check(frozen(*tensors[1:3]), tensors[:1], *tensors[3:], **options)
 
 
 def test_linear_of_mixed_dtypes(compaction, poisoned):
@@ -173,9 +183,9 @@ def test_weights_do_not_leave_the_range_of_half_precision(factor, temperature, c
     tensors = decoders(9, 24, 24, 1000, HALF)
     h_s, w_s, bias_s, h_t, w_t, bias_t = tensors
     one = torch.ones(9)
-    args = (h_s, w_s, bias_s, h_t, w_t, bias_t, temperature)
+    args = (h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, True)
     wide = (x.float() for x in args[:6])
-    big = OPS["linear_kl_fwd_bwd"](one * factor, *wide, temperature, "chunked")
+    big = OPS["linear_kl_fwd_bwd"](one * factor, *wide, temperature, True, "chunked")
     got = OPS["linear_kl_fwd_bwd"](one * factor, *args, "triton")
     for x, y in zip(got, big, strict=True):
         if y.abs().max() < 6e4:
@@ -187,7 +197,7 @@ def test_weights_do_not_leave_the_range_of_half_precision(factor, temperature, c
 def test_no_rows():
     none, weight, bias = torch.empty(0, 20), randn(30, 20, seed=2), randn(30, seed=3)
     results = [*OPS["softmax_kl_fwd_bwd"](torch.ones(0), none, none, 1.0, "triton")]
-    linear_args = (none, weight, bias, none, weight, bias, 1.0)
+    linear_args = (none, weight, bias, none, weight, bias, 1.0, True)
     results += OPS["linear_kl_fwd_bwd"](torch.ones(0), *linear_args, "triton")
     assert all((x == 0).all() for x in results)
     assert OPS["linear_kl_rows"](*linear_args, None, "triton").shape == (0,)

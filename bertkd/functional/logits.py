@@ -99,7 +99,7 @@ def linear_kl(
 
     Args:
         h_s: student states before the decoder (..., d_s).
-        w_s: student decoder (V, d_s); gets a gradient, as do ``h_s`` and ``bias_s``.
+        w_s: student decoder (V, d_s); gets a gradient, as do ``h_s`` and ``bias_s``. Frozen ones cost no time for it.
         h_t, w_t: teacher (..., d_t) and (V, d_t).
         mask: shape of the rows, 1 = counts.
         bias_s, bias_t: (V,).
@@ -139,9 +139,10 @@ def linear_kl(
     h_t, w_t = h_t.detach(), w_t.detach()
     bias_t = None if bias_t is None else bias_t.detach()
     flat = [x.reshape(-1, x.shape[-1]) for x in (h_s, h_t)]
+    trained = w_s.requires_grad or (bias_s is not None and bias_s.requires_grad)
     return _row_kl(
         op,
-        (flat[0], in_float32(w_s), in_float32(bias_s), flat[1], w_t, bias_t, temperature),
+        (flat[0], in_float32(w_s), in_float32(bias_s), flat[1], w_t, bias_t, temperature, trained),
         (0, 1, 2),
         partial(reference.linear_kl_rows, h_s, w_s, h_t, w_t, bias_s, bias_t, temperature),
         like=h_s,

@@ -18,7 +18,7 @@ from bertkd.ops.rows import weighted
 from bertkd.ops.schema import LEAVES_ROWS_OUT, OPS, value_form
 from bertkd.ops.shared import shared_calls
 
-Arg = Tensor | Sequence[Tensor] | float | None
+Arg = Tensor | Sequence[Tensor] | float | bool | None
 
 
 def _pack(flat: Sequence[Any], groups: Sequence[int]) -> list[Any]:
@@ -137,6 +137,12 @@ def _place(grads: Sequence[Any], wrt: Sequence[int], args: Sequence[Any]) -> lis
     return placed
 
 
+def _wanted(ctx, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Without those of frozen tensors: an op that was told of them gives empty ones."""
+    needs = ctx.needs_input_grad[-len(grads) :]
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
 class SumLoss(torch.autograd.Function):
     """Weighted sum of an op's rows, over one call or several; the gradients come from the same visits and wait for
     their factor."""
@@ -158,11 +164,12 @@ class SumLoss(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, grad_loss):
+        grads = _wanted(ctx, ctx.saved_tensors)
         # A gradient is as large as its tensor: a copy of each would cost memory, and time to fault it in.
         last = _is_last_visit(grad_loss)
         if last and _is_one(grad_loss):
-            return None, None, None, None, None, *ctx.saved_tensors
-        return None, None, None, None, None, *_scaled(ctx.saved_tensors, grad_loss, last)
+            return None, None, None, None, None, *grads
+        return None, None, None, None, None, *_scaled(grads, grad_loss, last)
 
 
 def _total(losses: list[Tensor]) -> Tensor:
@@ -200,7 +207,7 @@ class RowLoss(torch.autograd.Function):
         args = [a if t is None else t for t, a in zip(saved, ctx.static, strict=True)]
         packed = _pack(args, ctx.groups)
         _, *grads = OPS[f"{ctx.op}_fwd_bwd"](grad_rows, *packed, ctx.impl)
-        return None, None, None, None, None, *_place(grads, ctx.wrt, args)
+        return None, None, None, None, None, *_wanted(ctx, _place(grads, ctx.wrt, args))
 
 
 def _needs_grad(flat: Sequence[Any], wrt: Sequence[int]) -> bool:

@@ -29,7 +29,10 @@ _ATTENTION = "Tensor {0}_s, Tensor {1}_s, Tensor {0}_t, Tensor {1}_t, Tensor? ma
 _AB = _ATTENTION.format("a", "b")
 _QK = _ATTENTION.format("q", "k")
 _SELF = "Tensor x_s, Tensor x_t, Tensor? mask, float scale_s, float scale_t"
-_LINEAR = "Tensor h_s, Tensor w_s, Tensor? bias_s, Tensor h_t, Tensor w_t, Tensor? bias_t, float temperature"
+_LINEAR = (
+    "Tensor h_s, Tensor w_s, Tensor? bias_s, Tensor h_t, Tensor w_t, Tensor? bias_t, float temperature, "
+    "bool decoder_grad"
+)
 _PROJ = "Tensor h_s, Tensor weight, Tensor? bias, Tensor h_t"
 _COMBINE = "Tensor[] h_s, Tensor weight, Tensor? bias, Tensor[] h_t"
 
@@ -128,9 +131,14 @@ def _fake_linear_rows(h_s, w_s, bias_s, h_t, w_t, *_):
     return _rows(h_s, w_s, h_t, w_t)
 
 
-def _fake_linear_fwd_bwd(row_weight, h_s, w_s, bias_s, h_t, w_t, *_):
-    grads = torch.empty_like(h_s), torch.empty_like(w_s), _bias_grad(bias_s, w_s)
-    return _loss(h_s, w_s, h_t, w_t), *grads
+def _fake_linear_fwd_bwd(
+    row_weight, h_s, w_s, bias_s, h_t, w_t, bias_t, temperature, decoder_grad, impl
+):
+    """Empty tensors stand for the gradients of a frozen decoder too."""
+    grad_w, grad_b = torch.empty_like(w_s), _bias_grad(bias_s, w_s)
+    if not decoder_grad:
+        grad_w, grad_b = w_s.new_empty(0), grad_b.new_empty(0)
+    return _loss(h_s, w_s, h_t, w_t), torch.empty_like(h_s), grad_w, grad_b
 
 
 FAKES: dict[str, Callable[..., Any]] = {

@@ -132,7 +132,7 @@ def random_case(
             scaled = tensor(of_weight, sizes.vocabulary, width).mul_(width**-0.5)
             bias = bias_of(of_weight, sizes.vocabulary)
             decoders += [tensor(of_hidden, count, width), scaled, bias]
-        return [flat, *decoders, 2.0]
+        return [flat, *decoders, 2.0, True]
     raise ValueError(f"there is no random case for op {op!r}")
 
 

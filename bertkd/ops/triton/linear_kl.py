@@ -107,6 +107,7 @@ def linear_kl_rows(
     w_t: Tensor,
     bias_t: Tensor | None,
     temperature: float,
+    decoder_grad: bool,
 ) -> Tensor:
     """``softmax_kl_rows`` of the decoders' logits: (N, d_s), (V, d_s), (N, d_t), (V, d_t) -> (N,)."""
     student, teacher = _side(h_s, w_s, bias_s), _side(h_t, w_t, bias_t)
@@ -128,8 +129,10 @@ def linear_kl_fwd_bwd(
     w_t: Tensor,
     bias_t: Tensor | None,
     temperature: float,
+    decoder_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``sum(row_weight * KL)`` and its gradients with respect to the student's states, weight and bias."""
+    """``sum(row_weight * KL)`` and its gradients with respect to the student's states, weight and bias; without
+    ``decoder_grad`` the last two are empty."""
     kept = _kept(row_weight, w_s.shape[0])
     used = slice(None) if kept is None else kept
     student, teacher = _side(h_s[used], w_s, bias_s), _side(h_t[used], w_t, bias_t)
@@ -139,17 +142,18 @@ def linear_kl_fwd_bwd(
         peak = weight.abs().amax() if weight.numel() else weight.sum()
         factor = HALF_PEAK * temperature / peak.clamp_min(1e-30)
         weight = weight * factor
-    results = _gradients(student, teacher, weight, temperature)
+    results = _gradients(student, teacher, weight, temperature, decoder_grad)
     loss, grad_h, grad_w, grad_b = results if factor is None else (x / factor for x in results)
     if kept is None:
         whole_h = laid_out_like(h_s, grad_h)
     else:
         whole_h = torch.zeros_like(h_s).index_copy_(0, kept, grad_h.to(h_s.dtype))
-    return loss, whole_h, laid_out_like(w_s, grad_w), bias_gradient(grad_b, bias_s, w_s)
+    grad_w = laid_out_like(w_s, grad_w) if decoder_grad else grad_w.to(w_s.dtype)
+    return loss, whole_h, grad_w, bias_gradient(grad_b, bias_s, w_s)
 
 
 def _gradients(
-    student: _Side, teacher: _Side, row_weight: Tensor, temperature: float
+    student: _Side, teacher: _Side, row_weight: Tensor, temperature: float, decoder_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and the gradients of the student's states, weight and bias, all in fp32."""
     hidden, weight, bias = student
@@ -157,10 +161,10 @@ def _gradients(
     n_rows, classes, whole = logits.n_rows, logits.classes, logits.whole
     losses, grad_h, grad_w = (
         torch.empty(shape, dtype=torch.float32, device=weight.device)
-        for shape in ((n_rows,), hidden.shape, weight.shape)
+        for shape in ((n_rows,), hidden.shape, weight.shape if decoder_grad else (0,))
     )
-    biases = 0 if bias is None else classes
-    grad_b = torch.zeros((biases,), dtype=torch.float32, device=weight.device)
+    biased = decoder_grad and bias is not None
+    grad_b = torch.zeros((classes if biased else 0,), dtype=torch.float32, device=weight.device)
     if n_rows == 0:
         return losses.sum(), grad_h, grad_w.zero_(), grad_b
     # In place of the logits, unless the products that follow want another dtype.
@@ -183,17 +187,19 @@ def _gradients(
         )
         used = difference[:, :whole]
         product(used, weight_h, out=grad_h[rows])
-        if rows.start == 0:
-            product(used.T, hidden[rows], out=grad_w_whole)
-        else:
-            add_product(grad_w_whole, used.T, hidden[rows])
         if whole < classes:
             rest[rows] = difference[:, whole:]
-        if bias is not None:
+        if decoder_grad:
+            if rows.start == 0:
+                product(used.T, hidden[rows], out=grad_w_whole)
+            else:
+                add_product(grad_w_whole, used.T, hidden[rows])
+        if biased:
             grad_b += difference.sum(0, dtype=torch.float32)
     if whole < classes:
         add_product(grad_h, rest, weight[whole:])
-        product(rest.T, hidden, out=grad_w[whole:])
+        if decoder_grad:
+            product(rest.T, hidden, out=grad_w[whole:])
     return losses.sum(), grad_h, grad_w, grad_b
 
 
