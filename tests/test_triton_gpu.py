@@ -135,6 +135,19 @@ def test_captured_in_a_graph_and_replayed_on_new_data(name, length):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_linear_kl_makes_no_gradient_of_a_frozen_decoder(batch):
+    sizes = verify.Sizes(batch=batch, length=512, widths=(128, 64), vocabulary=30522)
+    *case, decoder_grad = verify.random_case("linear_kl", [torch.bfloat16] * 4, sizes, "cuda")
+    assert decoder_grad
+    function = implementation("triton").linear_kl_fwd_bwd
+    loss, grad_h, *_ = function(*case, True)
+    alone = function(*case, False)
+    assert torch.equal(alone[0], loss)
+    assert torch.equal(alone[1], grad_h)
+    assert [x.numel() for x in alone[2:]] == [0, 0]
+
+
 def test_linear_kl_is_captured_after_a_warm_up_on_fewer_rows():
     """The warm-up leaves out rows of weight 0; a capture cannot look, takes all, and may not compile for that."""
     sizes = verify.Sizes(batch=8, length=512, widths=(128, 128), vocabulary=30522)
