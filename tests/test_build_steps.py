@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import setuptools
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from build_support import backend, commands, plan, toolchain
 from build_support import compile as compiling
+
+OF_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="native code is built on Linux only"
@@ -141,6 +145,29 @@ def test_flags_of_an_instruction_set_and_of_strict_builds(sources, monkeypatch):
     monkeypatch.setenv("BERTKD_WERROR", "1")
     for step in compiling.compile_steps(made, root, root / "build"):
         assert "-Werror" in step.command
+
+
+def test_the_processor_is_asked_what_every_compiler_knows():
+    """Clang 14 refuses other names, and ``pip install`` failed where it is the only compiler."""
+    text = (Path(__file__).parent.parent / "csrc" / "cpu" / "dispatch.cpp").read_text()
+    asked = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', text))
+    assert {"avx2", "avx512f"} <= asked <= {"avx2", "fma", *OF_AVX512}
+
+
+@pytest.mark.parametrize("source", ["dispatch", "kernels_avx2", "kernels_avx512"])
+def test_clang_compiles_without_a_warning(source):
+    if not toolchain.is_x86():
+        pytest.skip("only x86 has these instructions")
+    try:
+        toolchain.probe_cxx(["clang++"])
+    except toolchain.Missing as missing:
+        pytest.skip(str(missing))
+    flags = [x for x in compiling.CXX_FLAGS if x != "-O3"]
+    flags += compiling.ISA_FLAGS.get(source.removeprefix("kernels_"), [])
+    file = Path(__file__).parent.parent / "csrc" / "cpu" / f"{source}.cpp"
+    command = ["clang++", *flags, "-Werror", "-fsyntax-only", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_compilers_at_once(monkeypatch):
