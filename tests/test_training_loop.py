@@ -344,6 +344,19 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items())
 
 
+def test_killed_after_its_last_checkpoint_it_clears_up_when_resumed(tmp_path, monkeypatch):
+    def killed(folder, keep_last, best):
+        if (folder / "checkpoint-9").exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "prune", killed)
+        run(tmp_path, save_every=3, keep_last=1)
+    assert list(checkpoint.checkpoints(tmp_path / "run")) == [3, 6, 9]
+    run(tmp_path, resume=True, save_every=3, keep_last=1)
+    assert list(checkpoint.checkpoints(tmp_path / "run")) == [9]
+
+
 def test_workers_and_random_collating_change_nothing(tmp_path):
     def noisy(rows):
         batch = collate(rows)

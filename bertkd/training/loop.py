@@ -159,6 +159,8 @@ def train(
             )
         if main:
             checkpoint.tidy(output_dir, state.step)
+            # Killed after its last checkpoint, a run has nothing left to do that would do this.
+            checkpoint.prune(output_dir, stage.keep_last, state.best_step)
         history = History(accelerator, output_dir / "history.jsonl", state.history)
 
         batches = stream(
