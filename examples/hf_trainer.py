@@ -93,4 +93,6 @@ def main(teacher_path: str, output_dir: str, texts: list[str]) -> None:
 if __name__ == "__main__":
     import sys
 
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]).read_text().splitlines())
+    if len(sys.argv) != 4:
+        sys.exit("usage: hf_trainer.py TEACHER OUTPUT_DIR TEXTS (a file, one text a line)")
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]).read_text("utf-8").splitlines())

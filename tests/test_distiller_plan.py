@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,12 @@ def example():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_trainer_example_says_what_it_wants(example, monkeypatch):
+    monkeypatch.setattr("sys.argv", [example.__file__])
+    with pytest.raises(SystemExit, match="TEACHER OUTPUT_DIR TEXTS"):
+        runpy.run_path(example.__file__, run_name="__main__")
 
 
 def test_the_trainer_example_resumes_bitwise_and_loads_the_best(example, tmp_path):
