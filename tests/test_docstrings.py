@@ -96,3 +96,14 @@ def test_the_documented_expression_gives_value_and_gradients(name, impl):
 def test_every_loss_with_an_expression_is_here():
     losses = (getattr(functional, name) for name in functional.__all__)
     assert {x.__name__ for x in losses if "Equivalent" in inspect.getdoc(x)} <= CASES.keys()
+
+
+def test_a_strict_type_checker_knows_every_parameter():
+    """pyright in strict mode refuses a function of which one has no type."""
+    bare = [
+        f"{name}({parameter.name})"
+        for name in functional.__all__
+        for parameter in inspect.signature(getattr(functional, name)).parameters.values()
+        if parameter.annotation is parameter.empty
+    ]
+    assert not bare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def relation_kl(
 
 
 def attention_kl(
-    q_s: Blocks, k_s: Blocks, q_t: Blocks, k_t: Blocks, mask: Tensor | None = None, **options
+    q_s: Blocks, k_s: Blocks, q_t: Blocks, k_t: Blocks, mask: Tensor | None = None, **options: Any
 ) -> Tensor:
     """KL divergence between attention maps, KL(teacher || student), mean over rows and heads ("Att-KL").
 
@@ -110,7 +110,9 @@ def attention_kl(
     return _relation_kl("attention_kl", names, (q_s, k_s, q_t, k_t), mask, **options)
 
 
-def value_relation_kl(v_s: Blocks, v_t: Blocks, mask: Tensor | None = None, **options) -> Tensor:
+def value_relation_kl(
+    v_s: Blocks, v_t: Blocks, mask: Tensor | None = None, **options: Any
+) -> Tensor:
     """KL divergence between value relations softmax(V V^T / sqrt(D)) ("Val-KL").
 
     ``relation_kl`` of the values with themselves, (B, H, L, D_s) and (B, H, L, D_t); see there for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def softmax_kl(
 
 
 def logit_kl(
-    z_s: Tensor, z_t: Tensor, mask: Tensor | None = None, *, t_squared: bool = True, **options
+    z_s: Tensor, z_t: Tensor, mask: Tensor | None = None, *, t_squared: bool = True, **options: Any
 ) -> Tensor:
     """``softmax_kl`` with Hinton's T^2 unless told otherwise: knowledge distillation on logits ("KD")."""
     return softmax_kl(z_s, z_t, mask, t_squared=t_squared, **options)
