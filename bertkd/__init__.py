@@ -52,4 +52,4 @@ if not TYPE_CHECKING:  # a type checker would take it to have every name
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *_LAZY})

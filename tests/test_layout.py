@@ -55,3 +55,13 @@ def test_public_names_have_docstrings():
             and not name.startswith("_")
         ):
             assert inspect.getdoc(value), f"modules.{name} has no docstring"
+
+
+def test_what_can_be_completed_is_listed_once():
+    import bertkd
+    import bertkd.functional
+
+    # A submodule stands among the package's own names as soon as it is loaded. dir() keeps what is told twice.
+    names = dir(bertkd)
+    assert names.count("functional") == 1
+    assert set(bertkd.__all__) <= set(names)
