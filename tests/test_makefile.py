@@ -33,14 +33,21 @@ clock.write_text(str(int(clock.read_text()) + plan["seconds"]))
 print({TABLE!r} if part == "bench" else "much output of " + part)
 sys.exit(plan["code"])
 """
-# `timeout SECONDS COMMAND...`, which notes the seconds and cuts nothing off.
-TIMEOUT = '#!/bin/sh\necho "$1" >> "$STAND_INS/timeouts"\nshift\nexec "$@"\n'
+# `timeout [-s SIGNAL] [-k SECONDS] SECONDS COMMAND...`, which notes the signal and the seconds, and cuts nothing off.
+TIMEOUT = """#!/bin/sh
+signal=TERM
+while getopts s:k: option; do [ $option = s ] && signal=$OPTARG; done
+shift $((OPTIND - 1))
+echo "$signal $1" >> "$STAND_INS/timeouts"
+shift
+exec "$@"
+"""
 DATE = '#!/bin/sh\ncat "$STAND_INS/clock"\n'
 
 
 @pytest.fixture
 def make(tmp_path):
-    """Runs ``make`` and gives what it did, what was asked of Python by part, and the seconds that parts were given."""
+    """Runs ``make`` and gives what it did, what was asked of Python by part, and the time that parts were given."""
     for name, text in (("python", PYTHON), ("timeout", TIMEOUT), ("date", DATE)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -66,7 +73,7 @@ def make(tmp_path):
             text=True,
         )
         asked = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-        given = [int(line) for line in (tmp_path / "timeouts").read_text().split()]
+        given = [line.split() for line in (tmp_path / "timeouts").read_text().splitlines()]
         return done, {call["part"]: call for call in asked}, given
 
     return run
@@ -82,10 +89,11 @@ def test_build_tests_and_benchmark_share_the_time(make):
     assert done.returncode == 0, done.stderr
     assert list(asked) == list(PARTS)
     # Half of ten minutes at most; half of what the build has left; the rest, but for what starting and plots take.
-    assert given == [300, (600 - 60) // 2]
+    # Tests are interrupted: on a termination pytest would not say which have failed so far.
+    assert given == [["TERM", "300"], ["INT", str((600 - 60) // 2)]]
     assert minutes(asked["bench"]) == pytest.approx((600 - 45 - 180) / 60)
     _, asked, given = make("gpu", "LIMIT=15", seconds=(450, 225, 0))
-    assert given == [450, 225]
+    assert given == [["TERM", "450"], ["INT", "225"]]
     assert minutes(asked["bench"]) == pytest.approx((900 - 45 - 675) / 60)
     # A benchmark without any time would measure nothing at all.
     _, asked, _ = make("gpu", "LIMIT=1", seconds=(30, 15, 0))
