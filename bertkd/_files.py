@@ -1,12 +1,17 @@
-"""Files that appear whole or not at all, even if the power fails, and the folder of the caches."""
+"""Files that appear whole or not at all, what kills leave of them and of folders, and the folder of the caches."""
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>tmp|old)")
 
 
 def user_cache_dir() -> Path:
@@ -57,3 +62,34 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def clear_leftovers(parent: Path, stem: str) -> None:
+    """Remove what killed processes left behind for names starting with ``stem``.
+
+    A directory that was moved away to be replaced, and was not, gets its name back.
+    """
+    for leftover in parent.glob(f".{glob.escape(stem)}*"):
+        match = _LEFTOVER.fullmatch(leftover.name)
+        if match is None or _at_work(int(match["process"])):
+            continue
+        path = parent / match["name"]
+        if match["kind"] == "old" and not path.exists():
+            os.rename(leftover, path)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _at_work(process: int) -> bool:
+    """Whether another process of this number lives; this one is not writing where it clears up."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

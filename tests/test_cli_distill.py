@@ -244,8 +244,10 @@ def test_a_run_whose_results_found_no_room_is_completed_by_resuming(
     text = capsys.readouterr().err
     assert f"{out} is not complete ([Errno 28] No space left on device). The training has" in text
     assert not (out / "model").exists()
+    (out / ".1-distil.png.4194305.tmp").write_text("of a run that was killed here")
     assert distill(place, out, *words, "--resume") == 0
     assert (out / "model").exists()
+    assert not list(out.glob(".*"))
 
 
 @pytest.mark.parametrize(

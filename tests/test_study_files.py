@@ -1,6 +1,7 @@
 """Output folders: which are taken, which are refused, and who holds one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,20 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
         check_output_dir(tmp_path / "run", "distill")
     with pytest.raises(ValueError, match=r"output_dir '.*' cannot be written to \(No space"):
         check_output_dir(tmp_path, "distill")
+
+
+def test_what_kills_left_half_written_is_cleared_up(tmp_path):
+    """A folder that was never signed is no stranger's; what another process writes just now stays."""
+    half = [
+        tmp_path / ".bertkd_run.json.4194305.tmp",
+        tmp_path / "seed-1" / ".loss.png.4194305.tmp",
+    ]
+    half[0].write_text("{")
+    claim_output_dir(tmp_path, "demo")
+    (tmp_path / "seed-1").mkdir()
+    half[1].write_text("half a picture")
+    living = tmp_path / f".results.json.{os.getppid()}.tmp"
+    living.write_text("{")
+    with held_output_dir(tmp_path, "demo"):
+        assert living.exists()
+        assert not any(path.exists() for path in half)

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from bertkd._files import whole_file
+from bertkd._files import clear_leftovers, whole_file
 from bertkd.training import checkpoint
-from bertkd.training.atomic import clear_leftovers, whole_directory
+from bertkd.training.atomic import whole_directory
 
 
 def replace_dying_at(count: int, end):

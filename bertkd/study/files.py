@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from bertkd._files import whole_file
+from bertkd._files import clear_leftovers, whole_file
 from bertkd._locks import LOCK, InUseError, locked
 
 MARKER = "bertkd_run.json"
 _TRIAL = ".bertkd-trial-"
+_UNSIGNED = (_TRIAL, f".{MARKER}.")
 
 
 def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> Path:
@@ -42,8 +43,8 @@ def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
         raise ValueError(f"output_dir {str(path)!r} is a file; name a directory.")
     if reason := _why_not_writable(path):
         raise ValueError(f"output_dir {str(path)!r} {reason}; name another place.")
-    # Other processes of the run may be looking at the same folder.
-    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(_TRIAL)}
+    # Other processes of the run may be looking at it too, and one killed while it signed the folder leaves half a name.
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(_UNSIGNED)}
     if not names:
         return path
     maker = _maker(path)
@@ -78,7 +79,7 @@ def claim_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
 
 @contextmanager
 def held_output_dir(path: str | Path, command: str) -> Iterator[Path]:
-    """:func:`claim_output_dir`, new or not, and other runs kept out of it as long as this lasts.
+    """:func:`claim_output_dir`, new or not, other runs kept out of it as long as this lasts, without what kills left.
 
     For commands that work in one process: of two in one folder each would delete or replace what the other writes.
 
@@ -93,6 +94,9 @@ def held_output_dir(path: str | Path, command: str) -> Iterator[Path]:
             raise ValueError(f"output_dir {str(path)!r} {error}.") from error
         except OSError as error:
             raise _not_writable(path, error) from error
+        # The folders in it are those of seeds and attempts.
+        for folder in (path, *(inside for inside in path.iterdir() if inside.is_dir())):
+            clear_leftovers(folder, "")
         yield path
 
 

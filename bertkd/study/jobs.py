@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 import bertkd
+from bertkd._files import clear_leftovers
 from bertkd.plan import count_parameters
 from bertkd.study.card import (
     CLASSIFIER_USAGE,
@@ -134,6 +135,8 @@ def score_table(scores: Mapping[str, Scores]) -> Table:
 
 
 def _write(job: Job, results: list[TrainResult], scores: Mapping[str, Scores], path: Path) -> None:
+    # By now the stages' locks have shown that no other run is at work here.
+    clear_leftovers(job.output_dir, "")
     done = list(zip(job.stages, results, strict=True))
     seconds = {stage.name: result.seconds for stage, result in done}
     for number, (stage, result) in enumerate(done, start=1):

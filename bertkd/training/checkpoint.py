@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bertkd._files import clear_leftovers
 from bertkd.errors import CheckpointError
-from bertkd.training.atomic import clear_leftovers, whole_directory
+from bertkd.training.atomic import whole_directory
 
 FORMAT = "bertkd-checkpoint"
 VERSION = 1

@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from bertkd.training.atomic import clear_leftovers, whole_directory
+from bertkd._files import clear_leftovers
+from bertkd.training.atomic import whole_directory
 
 # An invisible line of the model card tells our folders from other people's.
 MARK = "<!-- exported by bertkd -->"
