@@ -169,6 +169,15 @@ def test_interrupted(while_running, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_interrupted_while_the_options_are_read(monkeypatch, capsys):
+    def press_control_c():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bertkd.cli.main.build_parser", press_control_c)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "bertkd: interrupted\n"
+
+
 def test_bugs_are_not_dressed_up(monkeypatch):
     fail_with(monkeypatch, AssertionError("a bug"), while_running=True)
     with pytest.raises(AssertionError):
