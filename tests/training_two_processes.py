@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def check_disk(folder: Path) -> None:
         train(FakeDistiller(), FIRST, examples(19), output_dir=place, **settings)
 
 
+def check_difference(folder: Path) -> None:
+    """A process with fewer updates would leave the others waiting for it."""
+    rank = torch.distributed.get_rank()
+    stage = replace(FIRST, steps=5 - rank)
+    with pytest.raises(
+        ValueError, match=r"stage\.steps is 5 in process 0, 4 in process 1; data\.examples is 19 in"
+    ):
+        train(FakeDistiller(), stage, examples(19 - rank), output_dir=folder, **SETTINGS)
+
+
 def check_dropout() -> None:
     """Processes that dropped the same units would learn the same thing twice."""
     draws = [None, None]
@@ -93,6 +104,7 @@ def main() -> None:
     check_resumption(folder / "dropout")
     check_dropout()
     check_disk(folder / "together")
+    check_difference(folder / "different")
     torch.distributed.destroy_process_group()
 
 

@@ -29,7 +29,7 @@ from bertkd.training.machine import (
 from bertkd.training.meter import Meter, at_step, check_finite
 from bertkd.training.recipe import Stage
 from bertkd.training.rng import rng_state, seed_all, set_rng_state
-from bertkd.training.run_record import describe_run, refuse_other_run
+from bertkd.training.run_record import describe_run, refuse_different_runs, refuse_other_run
 from bertkd.training.schedule import advance, build_optimizer, build_schedule, stage_lengths
 from bertkd.training.snapshot import TrainState, check_saveable, restore, restore_model, take
 from bertkd.training.stream import Collate, Plan, example_lengths, stream
@@ -104,7 +104,7 @@ def train(
 
     Raises:
         ValueError: no data, a folder that holds another run or in which one is at work, settings that cannot
-            work.
+            work or that are not the same in all processes.
         CheckpointError: a damaged checkpoint, or one of another run.
         NonFiniteError: loss, term or gradient not finite; naming step and terms. Found at once on a
             CPU, elsewhere at the next row of the history, and always before a checkpoint.
@@ -141,6 +141,7 @@ def train(
     meter = Meter(accelerator, min(stage.log_every, due.total))
 
     run = describe_run(module, stage, seed, train_data, lengths, accelerator, settings)
+    refuse_different_runs(gather_object([run]))
     with kept_from_others(output_dir, accelerator):
         state = TrainState()
         found = checkpoint.find(output_dir, resume)

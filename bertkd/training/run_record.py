@@ -106,6 +106,28 @@ def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str,
         )
 
 
+def refuse_different_runs(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the processes of a run, whose records these are, have been given the same.
+
+    Those with fewer updates or other evaluations would end while the rest wait for them, and parts of different data
+    make no batch.
+
+    Raises:
+        ValueError: listing what differs.
+    """
+    first, *others = (_flat(run, set()) for run in runs)
+    for rank, other in enumerate(others, start=1):
+        wrong = [
+            f"{key} is {first[key]!r} in process 0, {other.get(key)!r} in process {rank}"
+            for key in first
+            if first[key] != other.get(key) and not key.startswith("environment.")
+        ]
+        if wrong:
+            raise ValueError(
+                f"the processes were given different runs: {'; '.join(wrong)}. Give all the same settings and data"
+            )
+
+
 def identity(model: Any) -> str:
     """What a model is known by in a run's settings: the CRC-32 of its encoder's weights as loaded.
 
