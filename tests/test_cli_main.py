@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import bertkd
 from bertkd.cli import info
@@ -160,6 +161,24 @@ def test_exit_codes(error, while_running, code, monkeypatch, capsys):
     assert text == f"bertkd info: error: {' '.join(str(error).split())}\n"
     assert main(["info", "--debug"]) == code
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("while_running", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error, while_running, monkeypatch, capsys):
+    fail_with(monkeypatch, error, while_running=while_running)
+    assert main(["info"]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("bertkd info: error: out of memory (")
+    assert "batch_size" in text
+    assert text.count("\n") == 1
 
 
 @pytest.mark.parametrize("while_running", [False, True])

@@ -140,6 +140,10 @@ def _run(name: str, command: ModuleType, values: dict[str, Any]) -> int:
         raise
     except (ValueError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
         return _failed(name, error, RUNTIME_ERROR, debug)
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out_of_memory(error):
+            raise
+        return _failed(name, error, RUNTIME_ERROR, debug)
     except KeyboardInterrupt:
         print(f"bertkd {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -198,9 +202,17 @@ def _failed(name: str, error: BaseException, code: int, debug: bool) -> int:
     return code
 
 
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Also the processor's, of which PyTorch tells with a plain RuntimeError."""
+    classes = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, classes) or "can't allocate memory" in str(error)
+
+
 def _said(error: BaseException) -> str:
-    """What an error says, on one line; of a library that is missing also how to get it."""
+    """What an error says, on one line; of a library that is missing, or of memory that ran out, also what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if _ran_out_of_memory(error):
+        return f"out of memory ({text}): fewer or shorter texts at a time (batch_size, max_length) need less"
     module = (getattr(error, "name", None) or "").partition(".")[0]
     known = isinstance(error, ImportError) and "pip install" not in text
     if known and module in EXTRAS:
