@@ -86,9 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_process_group(code)
         sys.stdout.flush()
         return code
-    except (
-        KeyboardInterrupt
-    ):  # while the options were read, or once more while a first one was cleared up after
+    except KeyboardInterrupt:
+        # While the options were read, or once more while a first one was cleared up after.
         print("bertkd: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
