@@ -18,7 +18,7 @@ from bertkd.ops.rows import weighted
 from bertkd.ops.schema import LEAVES_ROWS_OUT, OPS, value_form
 from bertkd.ops.shared import shared_calls
 
-Arg = Tensor | Sequence[Tensor] | float | bool | None
+Arg = Tensor | Sequence[Tensor] | float | None
 
 
 def _pack(flat: Sequence[Any], groups: Sequence[int]) -> list[Any]:

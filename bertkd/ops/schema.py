@@ -37,6 +37,7 @@ _PROJ = "Tensor h_s, Tensor weight, Tensor? bias, Tensor h_t"
 _COMBINE = "Tensor[] h_s, Tensor weight, Tensor? bias, Tensor[] h_t"
 
 # row_weight: (B, H, L) for the attention ops, (N,) for the others, in the dtype of the sums.
+# decoder_grad: whether w_s or bias_s is trained; the row form has it for its backward alone.
 SCHEMAS = {
     "relation_kl_rows": f"({_AB}, str impl) -> Tensor",
     "relation_kl_fwd_bwd": f"(Tensor row_weight, {_AB}, str impl) -> (Tensor, Tensor, Tensor)",
