@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
+import torch
+
 
 class UnsupportedEncoderError(ValueError):
     """The model's attention cannot be captured; the message lists what can."""
@@ -18,6 +20,16 @@ class CheckpointError(RuntimeError):
 
 class NonFiniteError(FloatingPointError):
     """A NaN or infinity appeared where training cannot go on; the message names the place."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so: PyTorch's allocator on GPUs with a class of its own, the one on CPUs, drivers and
+    compilers in words alone.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
 
 
 def unknown_name(kind: str, got: str, options: Iterable[str]) -> ValueError:

@@ -169,7 +169,8 @@ def test_errors_are_told_in_a_line():
     assert len(told(ValueError("x" * 1000))["note"]) < 200
     assert told(ValueError("wrong\nand why")) == {"status": "error", "note": "ValueError: wrong"}
     assert told(KeyError())["note"] == "KeyError: "
-    for error in (torch.OutOfMemoryError("x"), RuntimeError("CUDA error: Out of memory")):
+    words = RuntimeError("CUDA error: Out of memory"), RuntimeError("can't allocate memory: you")
+    for error in (torch.OutOfMemoryError("x"), MemoryError(), *words):
         assert told(error) == {"status": "oom", "note": "out of memory"}
 
 

@@ -168,6 +168,7 @@ def test_exit_codes(error, while_running, code, monkeypatch, capsys):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         MemoryError(),
     ],

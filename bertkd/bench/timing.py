@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bertkd.errors import ran_out_of_memory
+
 Run = Callable[[], object]
 OnFailure = Callable[[str, Exception], object]
 
@@ -93,11 +95,8 @@ def interleaved(
 
 
 def told(failure: BaseException) -> dict[str, Any]:
-    """An error as status and note of a row.
-
-    Memory that ran out is told by PyTorch's allocator with a class of its own, by a driver or a compiler in words.
-    """
-    if isinstance(failure, torch.OutOfMemoryError) or "out of memory" in str(failure).lower():
+    """An error as status and note of a row."""
+    if ran_out_of_memory(failure):
         return {"status": "oom", "note": "out of memory"}
     return {"status": "error", "note": f"{type(failure).__name__}: {first_line(failure)}"}
 

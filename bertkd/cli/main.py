@@ -22,7 +22,7 @@ import bertkd
 from bertkd.bench.commandline import BROKEN_PIPE, INTERRUPTED, stop_writing
 from bertkd.cli import bench, demo, distill, evaluate, finetune, info, topic, tune, verify
 from bertkd.cli.plain import TORCH_ALONE, config_from, plain_command_parser, with_underscores
-from bertkd.errors import CheckpointError, NonFiniteError
+from bertkd.errors import CheckpointError, NonFiniteError, ran_out_of_memory
 
 if TYPE_CHECKING:
     from bertkd.cli.parser import CommandParser
@@ -140,7 +140,7 @@ def _run(name: str, command: ModuleType, values: dict[str, Any]) -> int:
     except (ValueError, OSError, ImportError, CheckpointError, NonFiniteError) as error:
         return _failed(name, error, RUNTIME_ERROR, debug)
     except (MemoryError, RuntimeError) as error:
-        if not _ran_out_of_memory(error):
+        if not ran_out_of_memory(error):
             raise
         return _failed(name, error, RUNTIME_ERROR, debug)
     except KeyboardInterrupt:
@@ -201,16 +201,10 @@ def _failed(name: str, error: BaseException, code: int, debug: bool) -> int:
     return code
 
 
-def _ran_out_of_memory(error: BaseException) -> bool:
-    """Also the processor's, of which PyTorch tells with a plain RuntimeError."""
-    classes = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, classes) or "can't allocate memory" in str(error)
-
-
 def _said(error: BaseException) -> str:
     """What an error says, on one line; of a library that is missing, or of memory that ran out, also what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if _ran_out_of_memory(error):
+    if ran_out_of_memory(error):
         return f"out of memory ({text}): fewer or shorter texts at a time (batch_size, max_length) need less"
     module = (getattr(error, "name", None) or "").partition(".")[0]
     known = isinstance(error, ImportError) and "pip install" not in text

@@ -140,7 +140,7 @@ def linear_kl(
     h_t, w_t = h_t.detach(), w_t.detach()
     bias_t = None if bias_t is None else bias_t.detach()
     flat = [x.reshape(-1, x.shape[-1]) for x in (h_s, h_t)]
-    trained = w_s.requires_grad or (bias_s is not None and bias_s.requires_grad)
+    trained = any(x is not None and x.requires_grad for x in (w_s, bias_s))
     return _row_kl(
         op,
         (flat[0], in_float32(w_s), in_float32(bias_s), flat[1], w_t, bias_t, temperature, trained),
