@@ -108,9 +108,18 @@ def networks(name: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
 @functools.lru_cache(maxsize=1)
 def _networks(name: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Both networks on the CPU, where they are in nobody's way."""
-    import transformers
-
     import bertkd
+
+    torch.manual_seed(0)
+    # A GPU draws the hundreds of millions of weights in no time.
+    teacher = new_teacher(name, device)
+    student: Any = bertkd.create_student(teacher, PAIRS[name].layers, verbose=False)
+    return teacher.cpu(), student.cpu()
+
+
+def new_teacher(name: str, device: torch.device) -> Any:
+    """A pair's teacher with random weights, drawn on ``device``."""
+    import transformers
 
     pair = PAIRS[name]
     config = getattr(transformers, pair.config)(**pair.options)
@@ -119,10 +128,6 @@ def _networks(name: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
             setattr(config, field_name, pair.dropout)
     # Queries and keys of unit size: the usual small weights make flat maps, and a loss that is all rounding.
     config.initializer_range = config.hidden_size**-0.5
-    torch.manual_seed(0)
     options = {"add_pooling_layer": False} if "ModernBert" not in pair.model else {}
-    # A GPU draws the hundreds of millions of weights in no time.
     with device:
-        teacher: Any = getattr(transformers, pair.model)._from_config(config, **options)
-    student: Any = bertkd.create_student(teacher, pair.layers, verbose=False)
-    return teacher.cpu(), student.cpu()
+        return getattr(transformers, pair.model)._from_config(config, **options)
