@@ -51,6 +51,11 @@ def test_version_in_a_process_of_its_own():
         (["distil"], "'distil'"),
         (["distill", "--teacher", "t"], "output_dir"),
         (["distill", "--teachr", "t"], "Did you mean --teacher?"),
+        (
+            ["distill", "--teachr", "t", "--studnt", "3"],
+            "studnt 3. Did you mean --teacher, --student?",
+        ),
+        (["distill", "--bar", "2"], "unrecognized arguments: --bar 2\n"),
         (["distill", "--teacher", "t", "--output_dir", "o", "--steps", "many"], "steps"),
         (["distill", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["study"], "bertkd study: error: name one of: topic."),

@@ -54,10 +54,9 @@ class CommandParser(jsonargparse.ArgumentParser):
         """Print the message, the nearest known flag where one was misspelt, and exit with 2."""
         message = re.sub(r"\s*\n\s*", " ", str(message)).strip()
         message = message.replace("<class '", "").replace("'>", "")
-        for flag in re.findall(r"--[\w-]+", message):
-            if flag not in self._flags():
-                close = difflib.get_close_matches(flag, self._flags(), n=1)
-                message += f". Did you mean {close[0]}?" if close else ""
+        unknown = [flag for flag in re.findall(r"--[\w-]+", message) if flag not in self._flags()]
+        close = [near for flag in unknown for near in self._nearest(flag)]
+        message += f". Did you mean {', '.join(close)}?" if close else ""
         command = re.sub(r"\[options\] |\S+ \.\.\. ", "", self.prog)
         # Errors in a subcommand may come from the parser above it, by "command.option".
         for key in re.findall(r"(?:required: |^expected \")((?:\w+\.)*)", message):
@@ -67,6 +66,11 @@ class CommandParser(jsonargparse.ArgumentParser):
             message = f"{self._file}: {message}"
         print(f"{command}: error: {message}\nSee `{command} --help`.", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
+
+    def _nearest(self, flag: str) -> list[str]:
+        """The known flag that was probably meant, if there is one; the dashes that all share make none alike."""
+        names = [known.lstrip("-") for known in self._flags()]
+        return [f"--{name}" for name in difflib.get_close_matches(flag.lstrip("-"), names, n=1)]
 
     def _flags(self) -> list[str]:
         return [flag for action in self._actions for flag in action.option_strings]
