@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bertkd.bench import roofline, runner, timing
-from bertkd.bench.cases import attention
+from bertkd.bench import ops_attention, roofline, runner, timing
+from bertkd.bench.cases import Case, attention
 from bertkd.bench.ops import SPECS
 from bertkd.bench.roofline import Ceilings, bound
 from bertkd.bench.spec import Work
@@ -186,6 +186,39 @@ def test_bound_is_the_slowest_resource():
     assert work == (6 * 1000 * 4, 4 * 2 * 100 * 100 * 10, 2 * 100 * 100)
     assert bound(work, Ceilings(1e3, 1e9, 1e9)) == (24.0, "bytes")
     assert bound(work, Ceilings(1e9, 1e9, 1e3)) == (20.0, "exps")
+
+
+ROWS = {"rows": 5, "width_s": 2, "width_t": 3}
+# Bytes (of float32), flops and exponentials by hand, first without gradients and then with them. B 1, H 1, L 5, D 2: 25
+# pairs, 10 numbers a tensor. Scores of a tensor with itself are symmetric.
+WORK = [
+    (attention("self_relation_kl", (1, 1, 5, 2), "float32"), (80, 100, 25), (120, 200, 25)),
+    # Two scores, or two symmetric Gram matrices of 4 x 4; two gradients of 2 columns, by the one or the other.
+    (attention("attention_mse", (1, 1, 5, 2), "float32"), (160, 160, 0), (240, 320, 0)),
+    (attention("attention_mse", (1, 1, 2, 2), "float32"), (64, 32, 0), (96, 64, 0)),
+    (attention("self_attention", (1, 1, 5, 2), "float32"), (160, 200, 25), (320, 600, 25)),
+    (Case("hidden_mse", **ROWS | {"width_s": 3, "layers": 2}), (240, 90, 0), (360, 90, 0)),
+    (Case("hidden_proj_mse", **ROWS), (124, 60, 0), (188, 180, 0)),
+    # Both matrices, of 4 and 6 wide sides, are read, and the second written.
+    (Case("hidden_combine_mse", **ROWS, layers=2), (296, 240, 0), (472, 480, 0)),
+    (Case("hidden_cosine", **ROWS | {"width_s": 3}), (120, 45, 0), (180, 45, 0)),
+    (Case("softmax_kl", rows=5, classes=7), (280, 210, 70), (420, 210, 70)),
+    # Of four products of 5 x 7 logits the teacher's is 3 wide, the student's and its gradients' 2.
+    (Case("linear_kl", **ROWS, classes=7), (240, 350, 70), (336, 630, 70)),
+]
+
+
+@pytest.mark.parametrize(("case", "value", "gradient"), WORK, ids=lambda x: getattr(x, "name", ""))
+def test_least_work_is_what_one_counts_by_hand(case, value, gradient):
+    work = SPECS[case.op].work
+    assert (work(case, False), work(case, True)) == (value, gradient)
+
+
+def test_pads_are_no_work(monkeypatch):
+    monkeypatch.setattr(ops_attention, "glue_lengths", lambda batch, length: [4, 1])
+    case = attention("relation_kl", (2, 3, 5, 2), "float16", padding="glue")
+    # 3 heads of 5 tokens and 17 pairs.
+    assert SPECS["relation_kl"].work(case, False) == (2 * 4 * 15 * 2, 2 * 2 * 51 * 2, 2 * 51)
 
 
 def test_ceilings_are_measured_here():
