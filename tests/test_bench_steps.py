@@ -1,6 +1,8 @@
 """What the figures of a training step mean: memory beyond weights and optimiser state, time of one step."""
 
+import json
 import runpy
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from bertkd.bench import op_cases, step_cases, step_losses, step_models, step_runs
+from bertkd.bench import ddp, op_cases, step_cases, step_losses, step_models, step_runs
+from bertkd.bench.children import pack
 from bertkd.bench.contestants import IMPLS
 from bertkd.bench.selection import Selection
 from bertkd.bench.step_cases import Trainer, step_case
@@ -87,3 +90,30 @@ def test_a_student_with_dropout_is_compared_without_and_timed_with_it(monkeypatc
     assert trainer.student.training
     batch = trainer.batches[0]
     assert trainer.loss(batch) != trainer.loss(batch)
+
+
+def test_a_process_of_many_times_its_steps_and_counts_all_tokens(monkeypatch, capsys):
+    """What ``run_ddp`` starts several of, as the only one of its group."""
+    wrapped, threads = [], torch.get_num_threads()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+
+    class Counted(torch.nn.parallel.DistributedDataParallel):
+        def forward(self, *args):
+            wrapped.append(self)
+            return super().forward(*args)
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Counted)
+    case = step_case("tiny", 2, 8, processes=3)
+    try:
+        ddp._work(pack(case, "chunked", 2))
+    finally:
+        torch.set_num_threads(threads)
+    answer = json.loads(capsys.readouterr().out)
+    # A step that is not measured comes first.
+    assert (len(answer["seconds"]), len(wrapped)) == (2, 3)
+    assert answer["tokens"] == 3 * 2 * 8
