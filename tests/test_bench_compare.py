@@ -1,5 +1,6 @@
 """Two trees against each other: the verdict, turns, and a process for either."""
 
+import ast
 import signal
 import subprocess
 import sys
@@ -53,6 +54,40 @@ def test_either_tree_is_timed_by_this_code_in_a_process_of_its_own(tmp_path):
     assert 0 < timer._one(root) < 10
     with pytest.raises(compare.Unavailable, match="bertkd was imported from"):
         timer._one(tmp_path)
+
+
+# What these modules take from the library as they are imported: every commit that one may want to compare with has it.
+TAKEN = {
+    "bertkd.compiling.compile_in_place",
+    "bertkd.errors.unknown_name",
+    "bertkd.functional",
+    "bertkd.ops.implementations.IMPLS",
+    "bertkd.ops.implementations.implementation",
+    "bertkd.ops.implementations.unavailable",
+    "bertkd.ops.native.library",
+    "bertkd.ops.self_attention.self_attention",
+    "bertkd.ops.verify.relative_error",
+    "bertkd.study.files.write_text",
+    "bertkd.study.memory.peak_extra_bytes",
+}
+
+
+def test_either_tree_needs_no_more_of_its_library_than_older_commits_have():
+    """Both are timed by this package: a name that it imports and the base lacks would leave nothing to compare."""
+    folder, left, taken = Path(compare.__file__).parent, ["compare_child"], set()
+    seen = set()
+    while left:
+        seen.add(module := left.pop())
+        for node in ast.parse((folder / f"{module}.py").read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ImportFrom) or not node.module.startswith("bertkd"):
+                continue
+            _, _, own = node.module.partition("bertkd.bench")
+            names = [own[1:]] if own else [x.name for x in node.names]
+            if node.module.startswith("bertkd.bench"):
+                left += [n for n in names if n not in seen and (folder / f"{n}.py").exists()]
+            else:
+                taken |= {f"{node.module}.{name}" for name in names}
+    assert taken == TAKEN
 
 
 def test_a_termination_leaves_no_work_tree_behind(tmp_path):

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bertkd.errors import ran_out_of_memory
-
 Run = Callable[[], object]
 OnFailure = Callable[[str, Exception], object]
 
@@ -96,6 +94,9 @@ def interleaved(
 
 def told(failure: BaseException) -> dict[str, Any]:
     """An error as status and note of a row."""
+    # Here: `bench compare` runs this package with an older commit's library, which may lack it.
+    from bertkd.errors import ran_out_of_memory
+
     if ran_out_of_memory(failure):
         return {"status": "oom", "note": "out of memory"}
     return {"status": "error", "note": f"{type(failure).__name__}: {first_line(failure)}"}
