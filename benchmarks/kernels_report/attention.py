@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from harness import Case
 
@@ -18,16 +19,33 @@ BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 ARCHES = (80, 90)
 # The same configurations are shipped for these; a few cases show that they fit.
 OTHER_ARCHES = (86, 89, 100, 120)
+# The one case of most forms that the tests compile too.
+QUICK = ("bf16", 64, 90)
 
-# Instructions for each pair of row and key of the inner loop, 16-bit operands, by table and head width. sm_80 carries
-# the operands of its matrix instructions through registers; at width 128 both carry twice the accumulators.
+# Instructions for each pair of row and key of the inner loop, by form, bits, table and head width. sm_80 carries the
+# operands of its matrix instructions through registers; at width 128 both carry twice the accumulators; a product of
+# fp32 operands is three of parts of them.
 BUDGETS = {
-    ("rows", 90): (15, 15, 16, 19),
-    ("grad_rows", 90): (18, 19, 21, 41),
-    ("grad_keys", 90): (16, 17, 18, 32),
-    ("rows", 80): (14, 16, 21, 27),
-    ("grad_rows", 80): (18, 20, 32, 82),
-    ("grad_keys", 80): (16, 18, 36, 36),
+    ("rows", 16, 90): (15, 15, 16, 19),
+    ("grad_rows", 16, 90): (18, 19, 21, 41),
+    ("grad_keys", 16, 90): (16, 17, 18, 32),
+    ("pairs", 16, 90): (19, 20, 27, 33),
+    ("pairs_keys", 16, 90): (14, 16, 22, 29),
+    ("rows", 16, 80): (14, 16, 21, 27),
+    ("grad_rows", 16, 80): (18, 20, 32, 82),
+    ("grad_keys", 16, 80): (16, 18, 36, 36),
+    ("pairs", 16, 80): (19, 23, 30, 42),
+    ("pairs_keys", 16, 80): (11, 15, 22, 38),
+    ("rows", 32, 90): (28, 38, 144, 222),
+    ("grad_rows", 32, 90): (58, 73, 100, 614),
+    ("grad_keys", 32, 90): (103, 158, 106, 371),
+    ("pairs", 32, 90): (46, 53, 169, 334),
+    ("pairs_keys", 32, 90): (41, 48, 108, 293),
+    ("rows", 32, 80): (37, 56, 175, 215),
+    ("grad_rows", 32, 80): (72, 109, 166, 354),
+    ("grad_keys", 32, 80): (99, 146, 185, 361),
+    ("pairs", 32, 80): (58, 86, 169, 314),
+    ("pairs_keys", 32, 80): (53, 81, 107, 285),
 }
 
 # Forms whose tiles an H200 measured to be the fastest although they spill a few registers (bytes, by bits).
@@ -58,6 +76,8 @@ def cases() -> list[Case]:
         # Sides of different dtypes and widths, one of them no power of two.
         made += _relation(arch, "bf16", 64, teacher="fp32", teacher_width=40, mixed=True)
         made.append(_extents(arch))
+    masked = (case for case in made if case.form != "gram_rows")
+    made += [_unmasked(case) for case in masked if (case.dtype, case.width) == QUICK[:2]]
     for arch in OTHER_ARCHES:
         made += _relation(arch, "bf16", 64)
     return made
@@ -81,14 +101,14 @@ def _relation(arch, dtype, width, teacher=None, teacher_width=None, mixed=False)
         "self_keys": (general.relation_kl_keys_kernel, {"ADD": True}),
     }
     for form, (kernel, extra) in forms.items():
-        config = shipped(form.replace("self", "grad"), bits, width, arch)
+        table = form.replace("self", "grad")
+        config = shipped(table, bits, width, arch)
         tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        budget = BUDGETS.get((form, arch)) if bits == 16 else None
         yield _case(
             "self_relation_kl" if form == "self_keys" else "relation_kl", form, dtype, teacher, width, arch,
             kernel, {**sides, **tile, **extra}, config,
             pairs=config.block_m * config.block_n,
-            max_per_pair=budget and budget[WIDTHS.index(width)],
+            max_per_pair=_per_pair(table, bits, width, arch),
             quick=not mixed and dtype == "bf16" and width == 64,
             max_spills=_spills(form, bits, arch),
         )  # fmt: skip
@@ -108,8 +128,13 @@ def _relation(arch, dtype, width, teacher=None, teacher_width=None, mixed=False)
                 }
                 yield _case(
                     op, name, dtype, teacher, width, arch, kernel, constants, config,
+                    quick=not mixed and (dtype, width, arch) == QUICK,
                     max_spills=_spills(name, bits, arch),
                 )  # fmt: skip
+
+
+def _per_pair(form: str, bits: int, width: int, arch: int) -> int:
+    return BUDGETS[form, bits, 90 if arch in (90, 100) else 80][WIDTHS.index(width)]
 
 
 def _spills(form: str, bits: int, arch: int) -> int:
@@ -121,33 +146,57 @@ def _mse(arch: int, dtype: str, width: int) -> Iterator[Case]:
     pad, bits = padded(width), BITS[dtype]
     sides = {"D_S": width, "D_T": width}
     config = shipped("pairs", bits, width, arch)
-    for form, keys in (("pairs", False), ("pairs_keys", True)):
+    for form in ("pairs", "pairs_keys", "pairs value"):
+        keys, gradient = form == "pairs_keys", form != "pairs value"
         constants = {
             **sides, "PAD_S": pad, "PAD_T": pad, "FP32_S": bits == 32, "FP32_T": bits == 32, "UPCAST": False,
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "OWN": True, "OTHER": True, "KEYS": keys,
-            "SUM": True, "GRAD": True, "own_h": 0, "own_l": 1, "other_h": 0, "other_l": 1,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "OWN": gradient, "OTHER": True,
+            "KEYS": keys, "SUM": gradient, "GRAD": gradient, "own_h": 0, "own_l": 1, "other_h": 0, "other_l": 1,
         }  # fmt: skip
         flags = {"own": "*u8"} if keys else {"other": "*u8"}
         yield _case(
             "attention_mse", form, dtype, dtype, width, arch, mse.attention_mse_pairs_kernel, constants, config,
             other_types=flags, pairs=config.block_m * config.block_n,
+            max_per_pair=_per_pair(form.removesuffix(" value"), bits, width, arch), quick=(dtype, width, arch) == QUICK,
         )  # fmt: skip
+    gram, grad = mse.attention_mse_gram_kernel, mse.attention_mse_gram_grad_kernel
+    weights = {"HAS_MASK": True, "mask_l": 1, "weight_h": 0, "weight_l": 1}
     forms = {
-        "gram": (
-            mse.attention_mse_gram_kernel,
-            {"HAS_MASK": True, "SIDES": 2, "mask_l": 1, "weight_h": 0, "weight_l": 1},
-        ),
+        "gram": (gram, {**weights, "SIDES": 2}),
+        "gram value": (gram, {**weights, "SIDES": 1}),
         "gram_rows": (mse.attention_mse_gram_rows_kernel, {}),
+        "gram_grad": (grad, {**weights, "KEYS": False}),
+        "gram_grad_keys": (grad, {**weights, "KEYS": True}),
     }
-    gradient = {"HAS_MASK": True, "mask_l": 1, "weight_h": 0, "weight_l": 1}
-    for keys in (False, True):
-        name = "gram_grad_keys" if keys else "gram_grad"
-        forms[name] = mse.attention_mse_gram_grad_kernel, {**gradient, "KEYS": keys}
     for form, (kernel, extra) in forms.items():
-        config = shipped(form.removesuffix("_keys"), bits, width, arch)
+        config = shipped(form.removesuffix("_keys").removesuffix(" value"), bits, width, arch)
         if config is not None:
             constants = {**sides, "BLOCK": config.block_m, "PAD": pad, "EQUAL": True, **extra}
-            yield _case("attention_mse", form, dtype, dtype, width, arch, kernel, constants, config)
+            yield _case(
+                "attention_mse", form, dtype, dtype, width, arch, kernel, constants, config,
+                quick=(dtype, width, arch) == QUICK,
+            )  # fmt: skip
+
+
+def _unmasked(case: Case) -> Case:
+    """The case as it runs without a mask of keys; its pointer is another's, and is not read."""
+    flag = "HAS_MASK"
+    if flag not in case.constants:
+        flag = "OWN" if case.constants["KEYS"] else "OTHER"
+    name = flag.removeprefix("HAS_").lower()
+    constants = {**case.constants, flag: False}
+    del constants[f"{name}_l"]
+    # Four registers, spilled once a program; tiles that need none read the Gram matrices twice as often.
+    few = 16 if (case.form, case.arch) == ("gram_grad_keys", 80) else 0
+    return replace(
+        case,
+        form=f"{case.form} no mask",
+        constants=constants,
+        signature={**case.signature, name: "*i32", f"{name}_l": "i32"},
+        divisible=(*case.divisible, f"{name}_b", f"{name}_l"),
+        max_spills=max(case.max_spills, few),
+        quick=False,
+    )
 
 
 def _extents(arch: int) -> Case:
@@ -155,7 +204,7 @@ def _extents(arch: int) -> Case:
     config = Config(0, 0, 4, 1)
     return _case(
         "attention", "extents", "fp32", "fp32", 0, arch, sequence_extents, constants, config,
-        tensor_cores=False,
+        tensor_cores=False, quick=arch == QUICK[-1],
     )  # fmt: skip
 
 

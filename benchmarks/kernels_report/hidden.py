@@ -183,6 +183,8 @@ def _gemm(arch, op, form, states, weight, width, n_rows, n_inputs, n_targets) ->
         },
         divisible=("k_width", "m_width", *strides) if width % 16 == 0 else (),
         tensor_cores=compute != "fp32" or form.endswith("tf32"),
-        quick=weight == "bf16" and width == 768 and n_rows > 4096 and (arch == 90 or n_inputs == 1),
+        quick=width == 768
+        and (weight == "bf16" or form.endswith("tf32"))
+        and (arch == 90 or (form == "N=16384" and weight == "bf16")),
         **config,
     )

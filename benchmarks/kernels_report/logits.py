@@ -20,7 +20,7 @@ def cases() -> list[Case]:
     for arch in (80, 90):
         for dtype in ("bf16", "fp16", "fp32"):
             made += [_case(arch, "gradient", classes, dtype) for classes in CLASSES]
-        made += [_case(arch, "value", classes, "bf16") for classes in (1000, 30522)]
+            made += [_case(arch, "value", classes, dtype) for classes in (1000, 30522)]
         made += [_case(arch, "gradient", 30522, "bf16", teacher="fp32")]
         # linear_kl: fp32 logits and a bias; the gradient in place, or rounded once for bf16 products.
         made += [_case(arch, "chunk", classes, "fp32", bias="fp32") for classes in (1000, 30522)]

@@ -2,8 +2,9 @@
 
 A shipped row is keyed by architecture, kernel form, bits of the wider operand and head width padded to a power of
 two. Rows of table 90 were measured on an H200: all for 16-bit operands of width 64, most for 16, 32 and 128, and the
-gradients' for fp32 ones of 64 (docs/gpu.md). The others were chosen by compiling: no spills, shared memory within the
-smallest chip's of the group, and of those the fewest instructions per pair of row and key.
+gradients' for fp32 ones of 64 (docs/gpu.md). The others were chosen by compiling: no spills (but for four registers of
+``gram_grad`` of width 64 without a mask on table 80), shared memory within the smallest chip's of the group, and of
+those the fewest instructions per pair of row and key.
 """
 
 from __future__ import annotations
