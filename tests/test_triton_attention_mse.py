@@ -52,8 +52,9 @@ def test_equals_the_reference(form, dtype, length, batch, masked, widths, poison
     assert compare(student, teacher, mask) <= 0
 
 
-def test_long_sequences(form, poisoned):
-    student, teacher = qkv(1, 1, 200, 16, seed=0), qkv(1, 1, 200, 16, seed=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_long_sequences(form, dtype, poisoned):
+    student, teacher = (qkv(1, 1, 200, 16, seed=seed, dtype=dtype) for seed in (0, 1))
     mask = torch.ones(1, 200, dtype=torch.bool)
     mask[:, 160:] = False
     assert compare(student, teacher, mask) <= 0
