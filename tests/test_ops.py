@@ -90,6 +90,10 @@ def losses():
             lambda a, b: functional.hidden_mse([a, b], [h_s, h_s], mask),
             [h_s * 2, h_s * 3],
         ),
+        "hidden_combine_mse": (
+            lambda h, w: functional.hidden_combine_mse([h], [h_t, h_s], w, mask=mask),
+            [h_s * 2, torch.randn(4, 10)],
+        ),
         "hidden_cosine": (lambda h: functional.hidden_cosine(h, torch.ones(2, 20, 4)), [h_s]),
         "softmax_kl": (lambda z: functional.softmax_kl(z, h_s, mask, temperature=2.0), [h_s * 2]),
         "linear_kl": (
@@ -121,6 +125,27 @@ def test_compiles_without_graph_breaks(name):
     assert compiler_calls, "the compiled function never reached the compiler"
     for plain, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", sorted(losses()))
+def test_exported_for_its_value(name, trained):
+    """A program of torch.export gives the value, also of tensors that are trained. It is for no training itself."""
+    loss, leaves = losses()[name]
+    if name == "value_relation_kl":
+        # PyTorch expects no constant that is detached twice and used once, as the teacher's values are.
+        loss, leaves = functional.value_relation_kl, [*leaves, leaves[0] * 2]
+    leaves = tuple(x.detach().clone().requires_grad_(trained) for x in leaves)
+
+    class Loss(torch.nn.Module):
+        def forward(self, *tensors):
+            return loss(*tensors)
+
+    program = torch.export.export(Loss(), leaves)
+    graphs = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    calls = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert any(call.startswith("bertkd.") for call in calls)
+    torch.testing.assert_close(program.module()(*leaves).detach(), loss(*leaves).detach())
 
 
 def test_autocast_does_not_lower_the_precision():

@@ -182,11 +182,13 @@ def _kernel(name: str):
         if row_weight is not None:
             function = partial(_counted_rows, function, row_weight)
         device = tensors[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return function(*inputs)
-        # Autocast would run the products in half precision.
-        with torch.autocast(device, enabled=False):
-            return function(*inputs)
+        # A program of torch.export calls the op outside the Function around it, where autograd would look inside.
+        with torch.no_grad():
+            if not torch.is_autocast_enabled(device):
+                return function(*inputs)
+            # Autocast would run the products in half precision.
+            with torch.autocast(device, enabled=False):
+                return function(*inputs)
 
     return run
 
