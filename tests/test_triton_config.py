@@ -112,6 +112,14 @@ def test_the_form_that_auto_checks_is_the_one_that_runs(widths, dtype):
         assert attention_mse.gram_pays(small, *widths) == attention_mse.gram_pays(length, *widths)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("widths", [(16, 16), (32, 64), (40, 40), (64, 80), (128, 16), (128, 128)])
+def test_gram_matrices_are_made_where_their_kernels_have_tiles(widths, capability):
+    for form in ("gram", "gram_rows", "gram_grad"):
+        tiles = [config.shipped(form, bits, max(widths), capability) for bits in (16, 32)]
+        assert attention_mse.gram_pays(100_000, *widths) == (None not in tiles)
+
+
 @pytest.mark.parametrize("op", ["hidden_proj_mse", "hidden_combine_mse"])
 @pytest.mark.parametrize("rows", [1, 4095, 4096, 100_000])
 def test_the_tile_that_auto_checks_is_the_one_that_runs(rows, op):
