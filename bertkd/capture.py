@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
@@ -148,6 +148,17 @@ def _is_distributed(module: nn.Module) -> bool:
     return any(
         cls.__name__ in ("FSDPModule", "DistributedDataParallel") for cls in type(module).__mro__
     )
+
+
+def last_outputs(model: nn.Module, blocks: Collection[int]) -> frozenset[int]:
+    """The state behind the last of ``blocks`` if FSDP shards them, else none: a loss of maps has to depend on it.
+
+    FSDP gathers a block's weights once a gradient reaches the block's output. That of a map reaches its inside only.
+    """
+    sharded = bool(blocks) and any(
+        cls.__name__ == "FSDPModule" for block in block_list(model) for cls in type(block).__mro__
+    )
+    return frozenset([max(blocks) + 1]) if sharded else frozenset()
 
 
 def _indices(argument: str, values: Iterable[int], last: int) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""A Distiller in DistributedDataParallel, and a student in it."""
+"""A Distiller in DistributedDataParallel or sharded by FSDP, and a student in either."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_distiller import BOTH, gradients, models
 from tiny_models import tiny_batch, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bertkd.distiller import Distiller
@@ -60,3 +62,31 @@ def test_a_student_in_ddp_may_end_in_a_state_that_is_read(process_group, model_t
     ):
         with pytest.raises(ValueError, match="wrap the Distiller instead"):
             Distiller(teacher, model, term)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("objective", ["att_kl + val_kl", "qkv_kl(student_block=0)", BOTH])
+def test_a_sharded_student_has_the_same_gradients(objective, whole, process_group):
+    """Where no term reads a state, nothing but the inside of the last block is differentiated."""
+    teacher, student = models()
+    distiller = Distiller(teacher, student, objective)
+    batch = tiny_batch(teacher)
+    expected = distiller(batch)
+    expected.loss.backward()
+    alone = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    distiller.zero_grad(set_to_none=True)
+    mesh = init_device_mesh("cpu", (1,))
+    for module in (*student.encoder.layer, distiller if whole else student):
+        fully_shard(module, mesh=mesh)
+    for _ in range(2):
+        distiller.zero_grad(set_to_none=True)
+        got = distiller(batch)
+        got.loss.backward()
+    torch.testing.assert_close(got.loss, expected.loss)
+    sharded = {
+        name: p.grad.full_tensor() for name, p in student.named_parameters() if p.grad is not None
+    }
+    for name, grad in sharded.items():
+        # What lies behind the last map gets zeros.
+        torch.testing.assert_close(grad, alone.get(name, torch.zeros_like(grad)))
+    assert sharded.keys() >= alone.keys()
