@@ -63,8 +63,9 @@ def test_bfloat16(poisoned):
     check(combined, [h_s, h_s, states(80, 40)[1], states(80)[0]], h_t)
 
 
-def test_states_of_several_dtypes_and_layouts_and_launches(monkeypatch, poisoned):
-    monkeypatch.setattr(states, "TENSORS_PER_LAUNCH", 2)
+@pytest.mark.parametrize("most", [2, 32])
+def test_states_of_several_dtypes_and_layouts_and_launches(most, monkeypatch, poisoned):
+    monkeypatch.setattr(states, "TENSORS_PER_LAUNCH", most)
     whole = randn(6, 4, 20, seed=0)
     students = [whole[:, i] for i in range(3)]  # rows of a longer tensor
     students += [randn(20, 6, seed=1, dtype=HALF).T, randn(1, 20, seed=2).expand(6, 20)]

@@ -261,7 +261,7 @@ def test_no_launch_is_compiled_anew_for_where_a_share_of_the_loss_lies(length, m
     assert all(start % 4 == 0 for start in starts)
 
 
-def test_refuses_what_it_cannot_hold():
+def test_refuses_what_it_cannot_hold(monkeypatch):
     wide = torch.zeros(1, 1, 4, 160)
     assert "up to 128, got 160" in ops.refusal("relation_kl", [wide] * 4)
     with pytest.raises(ValueError, match=r"triton.*relation_kl.*up to 128"):
@@ -270,6 +270,8 @@ def test_refuses_what_it_cannot_hold():
     assert "float64" in ops.refusal("relation_kl", [wide[..., :64].double()] * 4)
     long = torch.empty(1, 1, attention.HALF_LIMIT + 1, 1, dtype=torch.float16)
     assert "float16" in ops.refusal("relation_kl", [long] * 4)
+    monkeypatch.setattr(ops, "interpreting", lambda: False)
+    assert ops.refusal("relation_kl", [wide] * 4) == "it needs CUDA tensors, got one on cpu"
 
 
 def test_offsets_beyond_32_bits(form):
