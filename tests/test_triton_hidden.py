@@ -159,6 +159,14 @@ def test_combine_of_mixed_dtypes(dtypes, poisoned):
     check(combined, student, *teachers)
 
 
+def test_combine_of_strided_states(poisoned):
+    def states(width, seed):
+        return [randn(7, 3, width, seed=seed)[:, 1], randn(7, width, seed=seed + 1)]
+
+    student = [*states(20, 0), randn(40, 34, seed=2), randn(40, seed=3)]
+    check(combined, student, *states(17, 4))
+
+
 def test_combine_refuses_states_of_different_widths():
     student = [randn(7, 20, seed=0), randn(7, 12, seed=1), randn(32, 34, seed=2), randn(32, seed=3)]
     teachers = [randn(7, 17, seed=i) for i in range(2)]
