@@ -217,11 +217,12 @@ def test_sides_of_different_dtypes_and_odd_widths(form):
     assert compare([x.bfloat16() for x in student], teacher) <= 0
 
 
-def test_negative_factors(form):
+@pytest.mark.parametrize("scales", [(-0.3, 0.2), (0.3, -0.2), (0.0, 0.2), (0.3, 0.0)])
+def test_factors_that_are_not_positive(form, scales):
     student, teacher = qkv(1, 1, 20, 16, seed=0), qkv(1, 1, 20, 16, seed=1)
-    for scales in ((-0.3, 0.2), (0.3, -0.2), (0.0, 0.2)):
-        assert compare(student, teacher, scales=scales) <= 0
-        assert compare(student[:1], teacher[:1], scales=scales, rows=False) <= 0
+    for mask in (None, mask_of("holes", 1, 20)):
+        assert compare(student, teacher, mask, scales=scales) <= 0
+        assert compare(student[:1], teacher[:1], mask, scales=scales, rows=False) <= 0
 
 
 def test_public_losses_run_on_it(monkeypatch):
