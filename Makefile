@@ -55,8 +55,10 @@ gpu-build:  ## csrc for the GPU of this machine alone
 # Most of the time goes into compiling kernels, so several workers help where pytest-xdist is there.
 WORKERS = $(shell $(PYTHON) -c "import os, xdist; print('-n', min(14, os.cpu_count()))" 2>/dev/null)
 
+# A file that cannot be imported, for want of a package, does not keep the others from running.
 gpu-test:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/test_*gpu.py tests/test_triton_scale.py $(WORKERS) $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --continue-on-collection-errors tests/test_*gpu.py tests/test_triton_scale.py \
+		$(WORKERS) $(ARGS)
 
 gpu-bench:
 	PYTHONPATH=. $(PYTHON) -m bertkd.bench --device cuda --budget_minutes $(MINUTES) $(SELECTED)

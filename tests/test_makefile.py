@@ -119,6 +119,7 @@ def test_words_reach_the_part_that_they_are_for(make):
     assert asked["build"]["archs"] == "native"
     assert asked["build"]["words"] == ["setup.py", "build_ext", "--inplace"]
     assert asked["test"]["words"][-2:] == ["-k", "not long"]
+    assert "--continue-on-collection-errors" in asked["test"]["words"]
     bench = asked["bench"]["words"]
     assert bench[2:4] == ["--device", "cuda"]
     assert bench[-2:] == ["--select", "relation_kl, L=512"]

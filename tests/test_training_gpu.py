@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("tqdm")
+pytest.importorskip("transformers")
 
 from accelerate.state import AcceleratorState
 from tiny_models import tiny_model
