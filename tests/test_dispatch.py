@@ -152,6 +152,14 @@ def test_a_kernel_is_checked_without_a_mask_where_it_is_to_run_without_one(op, f
         assert "off by" in verify.disagreement(op, "fast", tensors, masked=False)
 
 
+def test_a_device_that_is_not_there_is_named():
+    device = "cuda:99" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(ValueError, match=f"explain: device '{device}' cannot be used here: "):
+        dispatch.explain("attention_kl", device=device)
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used here"):
+        dispatch.explain("attention_kl", device="gpu")
+
+
 def test_losses_and_explain_say_whether_there_is_a_mask(monkeypatch):
     asked, real = [], dispatch.resolve
     for user in (schema, dispatch):

@@ -171,6 +171,11 @@ def test_dtensor_is_refused(process_group):
     assert isinstance(sharded, DTensor)
     with pytest.raises(TypeError, match=r"weight is a DTensor.*full_tensor"):
         functional.hidden_mse(H, H, weight=sharded)
+    rows = distribute_tensor(torch.ones(H.shape[:2]), mesh)
+    with pytest.raises(TypeError, match=r"row_weight is a DTensor.*full_tensor"):
+        functional.hidden_mse(H, H, row_weight=rows)
+    with pytest.raises(TypeError, match=r"mask is a DTensor.*full_tensor"):
+        functional.hidden_mse(H, H, rows.bool())
 
 
 def test_modules_own_what_they_need_and_keep_their_options():

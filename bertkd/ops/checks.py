@@ -20,18 +20,23 @@ _RANK_HINTS = {
 }
 
 
+def check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse what is no tensor, and a DTensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}.")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{op}: {name} is a DTensor. Call the loss inside the wrapped module's forward, where FSDP has "
+            f"gathered it, or pass {name}.full_tensor()."
+        )
+
+
 def check_tensors(op: str, rank: int | None, **tensors: Tensor) -> None:
     """Refuse what is not a floating-point tensor of ``rank`` dimensions (None: one or more), DTensors, a width of 0,
     and a mix of devices."""
     device: tuple[str, torch.device] | None = None
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}.")
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(
-                f"{op}: {name} is a DTensor. Call the loss inside the wrapped module's forward, where FSDP has "
-                f"gathered it, or pass {name}.full_tensor()."
-            )
+        check_tensor(op, name, tensor)
         if tensor.dtype not in FLOATS:
             raise TypeError(
                 f"{op}: {name} must be floating point, got {tensor.dtype}. Cast it with .float()."
@@ -54,8 +59,7 @@ def check_tensors(op: str, rank: int | None, **tensors: Tensor) -> None:
 
 def check_mask(op: str, mask: Tensor, rows: tuple[int, ...], device: torch.device) -> None:
     """Refuse what is no tensor of the rows' shape and device, and a mask of floats."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: mask must be a tensor, got {type(mask).__name__}.")
+    check_tensor(op, "mask", mask)
     if tuple(mask.shape) != rows:
         raise ValueError(
             f"{op}: mask must have shape {rows}, got {tuple(mask.shape)}. Pass the tokenizer's 2-D attention_mask "

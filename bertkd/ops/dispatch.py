@@ -156,7 +156,7 @@ def explain(
         device: where the assumed tensors live.
 
     Raises:
-        ValueError: for an unknown loss, or if that implementation cannot run.
+        ValueError: for an unknown loss, a device that is not there, or if that implementation cannot run.
 
     Example:
         >>> explain("attention_kl", impl="eager")
@@ -164,8 +164,13 @@ def explain(
     """
     stem = op_of_loss(op)
     # Nothing reads them, so memory is all they cost, and hardly that: pages that nobody touches.
-    given = float_tensors(tensors) or [
-        torch.empty(shape, device=device) for shape in _TYPICAL[stem]
-    ]
+    try:
+        given = float_tensors(tensors) or [
+            torch.empty(shape, device=device) for shape in _TYPICAL[stem]
+        ]
+    # A PyTorch without CUDA asserts that it has it.
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"explain: device {str(device)!r} cannot be used here: {reason}") from None
     choice = resolve(stem, requested(impl), given, masked=has_mask(tensors))
     return f"{op} on {given[0].device.type}: {choice.impl} ({choice.reason})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.checks import check_device, check_mask
+from bertkd.ops.checks import check_device, check_mask, check_tensor
 
 
 def as_mask(op: str, mask: Tensor | None, like: Tensor, rows: tuple[int, ...]) -> Tensor | None:
@@ -59,8 +59,7 @@ def row_weights(
     else:
         count = weight.sum().clamp_min(1.0)
     if row_weight is not None:
-        if not isinstance(row_weight, Tensor):
-            raise TypeError(f"{op}: row_weight must be a tensor, got {type(row_weight).__name__}.")
+        check_tensor(op, "row_weight", row_weight)
         if tuple(row_weight.shape) != rows[: row_weight.dim()] or (rows and row_weight.dim() == 0):
             wanted = " or ".join(map(str, dict.fromkeys((rows, rows[:1]))))
             raise ValueError(
