@@ -10,7 +10,8 @@ Common arguments:
     count_pads: True lets pad rows count in the mean, as the paper's released code does.
     row_weight: (B, L) or (B,), multiplies rows and leaves the count alone; it gets no gradient.
     reduction: "mean" over the rows that count (and heads, widths), "sum", or "none" for the rows themselves.
-    impl: "auto", "eager", "chunked", "native", "triton", "cuda": see ``bertkd.explain``.
+    impl: "auto", "eager", "chunked", "native", "triton", "cuda": see ``bertkd.explain``. For reduction "none"
+        hidden_mse and hidden_cosine are what "eager" computes, whatever is asked for: a row a token needs no tiles.
 """
 
 from bertkd.functional.attention import attention_kl, attention_mse, relation_kl, value_relation_kl
