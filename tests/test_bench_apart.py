@@ -1,6 +1,11 @@
 """Cases of a benchmark in processes of their own."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -25,6 +30,11 @@ def die(*_):
     os._exit(3)
 
 
+def linger(*_):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+
 def test_a_case_is_measured_in_another_process(monkeypatch):
     rows = runner.measured_apart(SMALL, SETTINGS)
     assert {row.impl for row in rows} == {"eager", "chunked"}
@@ -47,3 +57,20 @@ def test_a_folder_that_another_run_measures_into_is_refused(tmp_path):
     with other_run_in(tmp_path / "out", "bench"), pytest.raises(ValueError, match="is in use by"):
         runner.run(job)
     assert not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_a_killed_run_leaves_no_process_behind():
+    """A case that is measured on would spoil the next run's times; then it waited for another one, for ever."""
+    run = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+    case = int(run.stdout.readline())
+    run.kill()
+    try:
+        run.communicate(timeout=10)  # until the last process has closed what it would write to
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(case, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    runner._rows_of = linger
+    runner.measured_apart(SMALL, SETTINGS)

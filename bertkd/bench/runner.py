@@ -17,6 +17,7 @@ import torch
 
 from bertkd.bench import environment, step_fill, summary
 from bertkd.bench.cases import Case, cases_for
+from bertkd.bench.children import end_with_parent
 from bertkd.bench.commandline import Options
 from bertkd.bench.contestants import IMPLS, MODES, OURS, applies
 from bertkd.bench.ddp import ddp_cases_for, run_ddp
@@ -305,7 +306,7 @@ def measured_apart(case: Case, settings: Settings) -> list[Row]:
     try:
         if settings.ceilings is not None:
             settings.ceilings(case.dtype)  # once for all cases
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, context, initializer=end_with_parent) as pool:
             return pool.submit(_rows_of, case, settings, torch.get_num_threads()).result()
     except Exception as failure:  # the process died, or its answer cannot be sent
         return [_failed(case, settings, failure)]
