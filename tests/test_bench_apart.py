@@ -11,7 +11,7 @@ import pytest
 import torch
 from other_run import other_run_in
 
-from bertkd.bench import runner
+from bertkd.bench import ddp, runner
 from bertkd.bench.cases import attention
 from bertkd.bench.op_cases import Settings
 from bertkd.bench.selection import Selection
@@ -69,6 +69,28 @@ def test_a_killed_run_leaves_no_process_behind():
     finally:
         with suppress(ProcessLookupError):
             os.kill(case, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("exec sleep 60", "echo no memory >&2; exit 3", "no memory"),
+        ("echo no memory >&2; exit 3", "exec sleep 60", "no memory"),
+        ("exec sleep 60", "exit 3", "exit code 3"),
+        ("exec sleep 60", "exec sleep 60", "no answer within 1 s"),
+    ],
+)
+def test_processes_that_train_together_end_together(first, second, said, tmp_path, monkeypatch):
+    """The others would wait for one that is gone; it says why, not they."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nif [ $RANK = 0 ]; then {first}; fi\n{second}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(ddp, "SECONDS", 1 if "within" in said else 30)
+    started = time.monotonic()
+    (row,) = ddp.run_ddp(ddp.ddp_cases_for("cpu")[1], SETTINGS)
+    assert (row.status, row.note) == ("error", said)
+    assert time.monotonic() - started < 20
 
 
 if __name__ == "__main__":

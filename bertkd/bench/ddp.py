@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def run_ddp(case: Case, settings: Settings) -> Iterator[Row]:
     columns = {**case.columns, "impl": impl, "mode": "step", **settings.stamp, "threads": 1}
     try:
         answer = _launch(case, impl, min(settings.rounds, 7))
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as failure:
+    except (OSError, RuntimeError) as failure:
         note = str(failure).splitlines()[-1][:160]
         yield Row(**columns, metric="throughput", unit="tokens/s", status="error", note=note)
         return
@@ -75,15 +76,26 @@ def _launch(case: Case, impl: str, rounds: int) -> dict[str, Any]:
         )
         for rank in range(case.processes)
     ]
-    try:
-        outputs = [process.communicate(timeout=SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        if process.returncode:
-            raise RuntimeError(errors.strip() or f"exit code {process.returncode}")
-    return json.loads(outputs[0][0].strip().splitlines()[-1])
+    with ThreadPoolExecutor(len(processes)) as pool:
+        answers = [pool.submit(_answer, process) for process in processes]
+        try:
+            # What one has died of is its error; the others would wait for it.
+            done, late = wait(answers, SECONDS, FIRST_EXCEPTION)
+        finally:
+            for process in processes:
+                process.kill()
+    for answer in done:
+        answer.result()
+    if late:
+        raise TimeoutError(f"no answer within {SECONDS} s")
+    return json.loads(answers[0].result().strip().splitlines()[-1])
+
+
+def _answer(process: subprocess.Popen[str]) -> str:
+    output, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(errors.strip() or f"exit code {process.returncode}")
+    return output
 
 
 class _Step(nn.Module):
