@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from bertkd import cpu_attention
@@ -34,6 +35,14 @@ _PADDED = _PREFIX + "padded-"
 _LOCKS: dict[int, threading.RLock] = {}
 _LOCKS_LOCK = threading.Lock()
 
+
+class _Here(threading.local):
+    captures = False
+
+
+# Whether this thread is one that captures.
+_HERE = _Here()
+
 # These do not look their own name up in the config; other implementations (flash) do.
 _NAME_BLIND = ("eager", "sdpa", "flex_attention", cpu_attention.NAME)
 
@@ -44,7 +53,8 @@ def intercept(
 ) -> Iterator[None]:
     """Let the models that hold ``config`` call the listeners of their attention modules.
 
-    Nesting is fine; other threads wait, as listeners and config are the model's and not a thread's.
+    Nesting is fine; other threads wait, as listeners and config are the model's and not a thread's. A plain call
+    of the model in another thread meanwhile gives what it always gives.
     The config is left as it was found, also after an exception.
 
     Args:
@@ -53,15 +63,17 @@ def intercept(
         has_pads: the batch's mask holds zeros, so that making SDPA's mask of it need not look for them.
     """
     with _lock_of(config):
-        before = config._attn_implementation
+        before, captured = config._attn_implementation, _HERE.captures
         name = before or "eager"
         if name == "sdpa" and instead_of_sdpa is not None:
             name = instead_of_sdpa
         if not name.startswith(_PREFIX):
             config._attn_implementation = _register(name, has_pads and name == "sdpa")
+        _HERE.captures = True
         try:
             yield
         finally:
+            _HERE.captures = captured
             config._attn_implementation = before
 
 
@@ -92,9 +104,11 @@ def _register(name: str, has_pads: bool) -> str:
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
     # Without one, transformers makes no mask: that is how some implementations want it.
     if mask_function is not None:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(
-            ours, _mask_of_pads(mask_function) if has_pads else mask_function
-        )
+        if has_pads:
+            mask_function = _mask_of_pads(mask_function)
+        elif name == cpu_attention.NAME:
+            mask_function = _mask_for_either
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ours, mask_function)
     return ours
 
 
@@ -106,6 +120,16 @@ def _mask_of_pads(mask_function: Callable) -> Callable:
         return mask_function(*args, **kwargs | {"allow_is_bidirectional_skip": False})
 
     return mask_of_pads
+
+
+def _mask_for_either(*args: Any, **kwargs: Any) -> Any:
+    """The mask of bertkd's kernel; in a thread that does not capture one that SDPA takes too.
+
+    There the capture may be over, and the model be back on SDPA, before the mask is used.
+    """
+    if torch.compiler.is_compiling() or _HERE.captures:
+        return cpu_attention.make_mask(*args, **kwargs)
+    return _mask_of_pads(cpu_attention.make_mask)(*args, **kwargs)
 
 
 # Cached, so that a compiled graph meets the function again that it was traced with.

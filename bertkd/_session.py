@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class Session:
         self.instead_of_sdpa, self.has_pads = instead_of_sdpa, has_pads
         self.started = False
         self._grad = False
+        self._thread = threading.get_ident()
         self._undo = ExitStack()
 
     # Not for torch.compile to trace, when a caller around the capture is compiled.
@@ -106,7 +108,13 @@ class Session:
         """Leave the model as it was before ``attach``."""
         self._undo.close()
 
+    def is_elsewhere(self) -> bool:
+        """Whether this is a call in another thread, which is not the forward to record; compiled graphs cannot tell."""
+        return not torch.compiler.is_compiling() and threading.get_ident() != self._thread
+
     def begin(self) -> None:
+        if self.is_elsewhere():
+            return
         if self.started:
             raise RuntimeError(
                 "the model ran twice inside one record(); a Recording holds one forward. "
@@ -164,6 +172,8 @@ class _Tap:
         # has started, of this one beyond the last call.
         if not self.session.started or self.calls == len(self.indices):
             return None
+        if self.session.is_elsewhere():
+            return None
         self.calls += 1
         return self.indices[self.calls - 1]
 
@@ -207,15 +217,15 @@ def _listen(undo: ExitStack, module: nn.Module, kind: str, listener: Any) -> Non
 
 # Hooks are functions of the file, not closures, so that torch.compile can reuse its graphs.
 def _on_start(module: nn.Module, args: tuple) -> None:
-    for listener in getattr(module, _STARTS):
+    for listener in getattr(module, _STARTS, ()):
         listener()
 
 
 def _on_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    for listener in getattr(module, _INPUTS):
+    for listener in getattr(module, _INPUTS, ()):
         listener(args[0] if args else kwargs["hidden_states"])
 
 
 def _on_output(module: nn.Module, args: tuple, output: Any) -> None:
-    for listener in getattr(module, _OUTPUTS):
+    for listener in getattr(module, _OUTPUTS, ()):
         listener(output[0] if isinstance(output, tuple) else output)

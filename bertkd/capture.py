@@ -23,8 +23,8 @@ class Capture:
     while a call or a ``record`` lasts; afterwards, also after an exception, it is as it was, and
     nothing but the caller's ``Recording`` holds a captured tensor. Captures may be nested, also
     those of one model; the last to be entered is the first to be left. Threads may capture one model:
-    they wait for each other; a plain call of it in another thread meanwhile is not kept apart. The captured q
-    and k give the attention map before dropout.
+    they wait for each other, and a plain call of it in another thread meanwhile is not recorded (of a compiled
+    model it is not kept apart). The captured q and k give the attention map before dropout.
 
     A compiled model stays compiled, with one graph for each set of blocks and states asked of it.
 
@@ -90,7 +90,7 @@ class Capture:
         return recording
 
     def record(self) -> AbstractContextManager[Recording]:
-        """Record the one forward that the caller runs inside the ``with`` statement.
+        """Record the one forward that the caller runs in this thread inside the ``with`` statement.
 
         Raises (inside the statement, or on leaving it):
             ValueError: the model trains with reentrant gradient checkpointing.
@@ -122,8 +122,8 @@ class Capture:
             session.detach()
         if missing := session.missing():
             raise RuntimeError(
-                f"not captured: {', '.join(missing)}. Either the model was not run, or its "
-                "attention does not go through transformers' AttentionInterface."
+                f"not captured: {', '.join(missing)}. Either the model was not run in this thread, or "
+                "its attention does not go through transformers' AttentionInterface."
             )
 
 

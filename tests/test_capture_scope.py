@@ -1,6 +1,7 @@
 """What a capture leaves behind (nothing), nesting, stopping early, distributed wrappers."""
 
 import gc
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from bertkd import _attention
+from bertkd import _attention, cpu_attention
 from bertkd.capture import Capture
 from bertkd.encoders import attention_modules, base_model, block_list
 from bertkd.errors import UnsupportedEncoderError
@@ -314,6 +315,52 @@ def test_threads_that_share_a_model_wait_for_each_other():
         assert torch.equal(found.q[3], want[i % 3].q[3])
         assert torch.equal(found.states[2], want[i % 3].states[2])
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("instead", [None, cpu_attention.NAME])
+@pytest.mark.parametrize("begins", ["before", "during"])
+def test_a_plain_call_in_another_thread_is_neither_recorded_nor_disturbed(begins, instead):
+    model = tiny_model("bert", layers=4)
+    # As many texts as tokens: a mask of pads (B, L) would pass for SDPA's.
+    mine, other = (tiny_batch(model, batch=8, length=8, seed=seed) for seed in range(2))
+    capture = Capture(model, blocks=[1, 3], states=[2], instead_of_sdpa=instead)
+    with torch.no_grad():
+        want, want_plain = capture(**mine), model(**other).last_hidden_state
+
+    here, has_begun, may_end = threading.get_ident(), threading.Event(), threading.Event()
+    calls = []
+
+    def meet(*_):
+        if threading.get_ident() != here:
+            has_begun.set()
+            assert may_end.wait(20)
+        elif begins == "during":
+            begin()
+        else:
+            end()
+
+    @torch.no_grad()
+    def plain():
+        return model(**other).last_hidden_state
+
+    def begin():
+        calls.append(pool.submit(plain))
+        assert has_begun.wait(20)
+
+    def end():
+        may_end.set()
+        torch.testing.assert_close(calls[0].result(), want_plain)
+
+    model.encoder.layer[1].register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        if begins == "before":
+            begin()
+        got = capture(**mine)
+        if begins == "during":
+            end()
+    for part in "qkv":
+        torch.testing.assert_close(getattr(got, part), getattr(want, part))
+    torch.testing.assert_close(got.states, want.states)
 
 
 def test_no_lock_outlives_its_model():
