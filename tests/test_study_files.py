@@ -57,6 +57,15 @@ def test_a_folder_is_tried_without_a_trace_even_while_others_try_it(tmp_path):
     check_output_dir(tmp_path, "distill")
 
 
+def test_a_name_that_libraries_cannot_write_is_refused_before_the_training(tmp_path):
+    """As of an archive from Windows, or any but plain letters where the locale is not UTF-8."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    for path in (folder, folder / "run"):
+        with pytest.raises(ValueError, match=r"caf\\udce9.*' is not UTF-8.*name another place"):
+            check_output_dir(path, "distill")
+    check_output_dir(tmp_path / "café 日本", "distill")
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
 def test_a_place_where_not_even_root_can_write():
     with pytest.raises(ValueError, match=r"'/proc/a/b' cannot be created: '/proc' cannot be wri"):

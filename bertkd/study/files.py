@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,10 +28,16 @@ def check_output_dir(path: str | Path, command: str, *, reuse: bool = False) -> 
         reuse: whether the directory of an earlier run of the same command may be written to.
 
     Raises:
-        ValueError: it is a file, cannot be created or written to, holds something that bertkd did not
-            make, was made by another command, or holds an earlier run while ``reuse`` is false.
+        ValueError: it is a file, cannot be created or written to, has a name that is not UTF-8, holds something
+            that bertkd did not make, was made by another command, or holds an earlier run while ``reuse`` is false.
     """
     path = Path(path)
+    # They would fail at the end of a training, and again whenever it is resumed.
+    if os.fsencode(path) != str(path).encode(errors="replace"):
+        raise ValueError(
+            f"output_dir {str(path)!r} is not UTF-8 (file names are {sys.getfilesystemencoding()} in this locale), as "
+            "safetensors, tokenizers and TensorBoard need it; name another place."
+        )
     if path.is_symlink() and not path.exists():
         raise ValueError(f"output_dir {str(path)!r} is a link to nowhere; name a directory.")
     if not path.exists():
