@@ -75,6 +75,10 @@ def test_models_are_loaded_or_refused_by_name(tmp_path):
         load_model(tmp_path / "empty", "teacher")
     with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path / "empty", "teacher")
+    # Of a kind that this version of tokenizers does not know: it raises a plain Exception.
+    Path(path, "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "New"}}')
+    with pytest.raises(ValueError, match=r"teacher='.*cannot load a tokenizer .*: data did not"):
+        load_tokenizer(path, "teacher")
 
 
 @pytest.mark.parametrize("kept", [0, 100, 5000, -10])

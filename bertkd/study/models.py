@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from bertkd.data import TaskData
 
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError)
+
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -209,7 +211,10 @@ def _said_plainly(path: str | os.PathLike[str], argument: str, what: str) -> Ite
         )
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+    except Exception as error:
+        # What tokenizers cannot read raises an Exception of no kind.
+        if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         place = "directory" if Path(name).is_dir() else "directory or model on the Hugging Face Hub"
         raise ValueError(
