@@ -103,7 +103,15 @@ def test_labels_that_the_model_does_not_know(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("output", "message"), [("", "name a JSON file"), (".", "is no file"), ("no/x.json", "'no'")]
+    ("output", "message"),
+    [
+        ("", "name a JSON file"),
+        (".", "is no plain file"),
+        ("no/x.json", "'no'"),
+        # Which root may replace.
+        ("/dev/null", "is no plain file"),
+        ("/proc/self/exe", "is no plain file"),
+    ],
 )
 def test_where_scores_cannot_go_is_told_before_any_work(output, message, capsys):
     words = ["--model", "never-loaded", "--task", "never-loaded", "--output", output]

@@ -101,9 +101,11 @@ def _check_all(config: Config, local: bool) -> None:
 
 def _check_output(path: str) -> None:
     """Before minutes of work, not after them."""
-    if not path or Path(path).is_dir():
-        raise ValueError(f"output={path!r} is no file; name a JSON file.")
-    folder = Path(path).parent
+    # The scores take the name's place: root would put them in that of /dev/null, or of the link /dev/stdout.
+    place = Path(path)
+    if not path or place.is_symlink() or (place.exists() and not place.is_file()):
+        raise ValueError(f"output={path!r} is no plain file; name a JSON file.")
+    folder = place.parent
     if not folder.is_dir():
         raise ValueError(f"output={path!r}: there is no folder {str(folder)!r}; make it first.")
     if not os.access(folder, os.W_OK):
