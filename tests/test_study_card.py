@@ -82,7 +82,7 @@ def test_what_is_not_known_is_not_made_up(tmp_path):
     ],
 )
 def test_usage_runs_as_printed(usage, head, name, shape, tmp_path):
-    path = save_tiny_model(tmp_path / "model", layers=2, head_cls=head)
+    path = save_tiny_model(tmp_path / 'a "model" of \\', layers=2, head_cls=head)
     text = model_card(dataclasses.replace(FACTS, usage=usage, path=path))
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     found = {}

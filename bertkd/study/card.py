@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +123,7 @@ def model_card(facts: CardFacts) -> str:
         f"# {facts.name}",
         facts.summary,
         "## Use",
-        facts.usage.replace("{path}", facts.path),
+        facts.usage.replace('"{path}"', json.dumps(facts.path, ensure_ascii=False)),
         f"## Scores on `{facts.dataset}`",
         facts.scores.markdown(),
         "## Recipe",
