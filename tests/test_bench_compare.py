@@ -4,6 +4,7 @@ import ast
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,20 @@ with checkout(Path({str(tmp_path)!r}), "HEAD") as tree:
     assert not tree.parent.exists()
     listed = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True)
     assert len(listed.stdout.splitlines()) == 1
+
+
+def test_an_interruption_of_the_checkout_itself_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupted(command, **_):
+        if "add" in command:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), compare.checkout(tmp_path, "HEAD"):
+        pass
+    assert not any(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 SAME, SLOW = ([1.0] * 3, [1.0] * 3), ([1.0] * 3, [1.5] * 3)

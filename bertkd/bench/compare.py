@@ -213,10 +213,10 @@ def checkout(root: Path, commit: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="bertkd-base-"))
     tree = folder / "base"
     git = ["git", "-C", str(root)]
-    added = subprocess.run(
-        [*git, "worktree", "add", "--detach", str(tree), commit], capture_output=True, text=True
-    )
     try:
+        added = subprocess.run(
+            [*git, "worktree", "add", "--detach", str(tree), commit], capture_output=True, text=True
+        )
         if added.returncode:
             raise ValueError(f"base={commit!r}: {added.stderr.strip().splitlines()[-1]}")
         _native_library(root, tree, commit)
