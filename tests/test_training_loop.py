@@ -316,6 +316,14 @@ def test_another_version_of_a_library_is_said(tmp_path, monkeypatch, caplog):
     assert "now transformers 9; results may differ in bits" in caplog.text
 
 
+def test_another_number_of_threads_is_said(tmp_path, monkeypatch, caplog):
+    threads = torch.get_num_threads()
+    run(tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    run(tmp_path, resume=True)
+    assert f"threads was {threads}, now {threads + 1}; results may differ in bits" in caplog.text
+
+
 def test_another_teacher_cannot_take_over(tmp_path):
     run(tmp_path)
     module = FakeDistiller()

@@ -42,7 +42,7 @@ def describe_run(
     ``settings`` are what the caller states besides, as ``train`` takes them.
     """
     teacher = getattr(module, "teacher", None)
-    run = {
+    run: dict[str, Any] = {
         "module": type(module).__name__,
         "stage": stage.to_dict(),
         "seed": seed,
@@ -58,6 +58,9 @@ def describe_run(
             "bertkd": bertkd.__version__,
         },
     }
+    if accelerator.device.type == "cpu":
+        # Sums are divided among them.
+        run["environment"]["threads"] = torch.get_num_threads()
     if settings is not None:
         run["settings"] = json.loads(json.dumps(settings))  # as it will be read again
     return run
@@ -80,7 +83,7 @@ def refuse_other_run(path: Path, saved: Mapping[str, Any], present: Mapping[str,
 
     Settings that leave the sequence of updates alone (how often to save, evaluate or log) may
     differ, and what only one of the two states is passed over: earlier versions stated less. Another
-    device or version of a library is warned of: the results may differ in bits.
+    device, number of threads or version of a library is warned of: the results may differ in bits.
 
     Raises:
         CheckpointError: naming ``path`` and listing what differs.
