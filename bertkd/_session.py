@@ -76,7 +76,7 @@ class Session:
         self.instead_of_sdpa, self.has_pads = instead_of_sdpa, has_pads
         self.started = False
         self._grad = False
-        self._thread = threading.get_ident()
+        self._thread = 0
         self._undo = ExitStack()
 
     # Not for torch.compile to trace, when a caller around the capture is compiled.
@@ -87,6 +87,7 @@ class Session:
         All modules are listened to, wanted or not: a compiled graph is reused only where all that
         it read while being traced is the same, and so it must have read what is wanted.
         """
+        self._thread = threading.get_ident()
         undo = self._undo
         base, blocks, attentions = base_model(model), block_list(model), attention_modules(model)
         configs: dict[int, Any] = {id(module.config): module.config for module in attentions}

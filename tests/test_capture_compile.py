@@ -156,7 +156,7 @@ def test_blocks_compiled_one_by_one():
 
 
 # Dynamo warns where it traces into the machinery of the capture instead of the model alone.
-@pytest.mark.filterwarnings("error:Dynamo detected a call")
+@pytest.mark.filterwarnings("error:Dynamo detected a call", "error:Dynamo does not know")
 def test_a_compiled_function_around_the_capture():
     model = tiny_model("bert", layers=1)
     batch = tiny_batch(model)
