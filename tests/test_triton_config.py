@@ -1,5 +1,6 @@
 """Which configuration a GPU gets: shipped for its architecture, tuned on it, and by the wider side. No GPU is asked."""
 
+import ast
 import io
 import os
 import tempfile
@@ -155,3 +156,14 @@ def test_the_interpreter_runs_kernels_where_it_is_switched_on(value, runs, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert triton.interpreting() == runs
     assert triton.unavailable() == (None if runs else "it needs a CUDA device")
+
+
+def test_every_launch_says_whether_products_and_sums_are_fused():
+    """Triton's default changes with 3.10, and numerics and speed with it; what the report compiles says it too."""
+    launches = []
+    for path in Path(config.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launches.append((path.name, node.lineno, {k.arg for k in node.keywords}))
+    assert len(launches) > 10
+    assert not [launch for *launch, names in launches if "enable_fp_fusion" not in names]

@@ -72,9 +72,9 @@ def test_as_many_numbers_as_31_bits_hold(monkeypatch):
 
     class FirstBlock:
         def __getitem__(self, grid):
-            def launch(xs, by, count, blocks, BLOCK):
+            def launch(xs, by, count, blocks, BLOCK, **options):
                 asked.append((count, blocks))
-                kernel[1, 1](xs, by, count, 1, BLOCK=BLOCK)
+                kernel[1, 1](xs, by, count, 1, BLOCK=BLOCK, **options)
 
             return launch
 

@@ -123,5 +123,6 @@ def _extents(mask: Tensor | None, weight: Tensor | None, x: Tensor) -> Extents:
         HAS_MASK=mask is not None,
         HAS_WEIGHT=weight is not None,
         BLOCK=min(1024, max(16, power_of_2(length))),
+        enable_fp_fusion=True,
     )
     return Extents(extents, peak)

@@ -169,6 +169,7 @@ def _grams(
         HAS_MASK=mask is not None,
         SIDES=count,
         **options,
+        enable_fp_fusion=True,
     )
     return grams[0] if splits == 1 else grams.sum(0)
 
@@ -213,6 +214,7 @@ def _gram_grad(
         HAS_MASK=mask is not None,
         KEYS=keys,
         **options,
+        enable_fp_fusion=True,
     )
 
 
@@ -234,6 +236,7 @@ def _gram_rows(sides: Sides, grams: Tensor, out: Tensor, scale_s: float, ratio: 
         ratio,
         **constants,
         **options,
+        enable_fp_fusion=True,
     )
 
 
@@ -293,5 +296,6 @@ def _pairs(
         GRAD=grad is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
     return rows

@@ -87,6 +87,7 @@ def _mse(
                 row_weight.stride(0),
                 ALIGN=alignment(width, s[0], t[0], None if g is None else g[0]),
                 **config,
+                enable_fp_fusion=True,
             )
             done += len(group)
     # One sum of a fixed shape: no atomics, the same bits every time.
@@ -128,5 +129,6 @@ def _cosine(row_weight: Tensor, student: Tensor, h_t: Tensor, grad: Tensor | Non
             COSINE_EPS,
             ALIGN=alignment(width, student, teacher, grad),
             **config,
+            enable_fp_fusion=True,
         )
     return partials.sum()

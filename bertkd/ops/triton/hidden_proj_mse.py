@@ -140,6 +140,7 @@ def _residual(
             UPCAST=compute == torch.float32 or interpreting(),
             PRECISION=precision(compute),
             **config,
+            enable_fp_fusion=True,
         )
     bias_sum = weight.new_empty(0) if bias_sums is None else bias_sums.sum(0)
     return _Residual(losses.sum(), outputs, bias_sum)

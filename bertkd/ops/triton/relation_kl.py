@@ -164,6 +164,7 @@ def rows_launch(
         WEIGHTED=weight is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
 
 
@@ -209,6 +210,7 @@ def keys_launch(
         ADD=other is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
 
 
@@ -256,5 +258,6 @@ def _short_launch(
         STREAM=config.num_stages > 1,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
     return sums

@@ -39,7 +39,12 @@ def scale_(xs: Sequence[Tensor], factor: Tensor) -> None:
             programs = resident_programs(blocks, len(group), first)
             pointers = tuple(xs[index] for index in group)
             scale_kernel[(programs, len(group))](
-                pointers, factor, first.numel(), blocks, BLOCK=BLOCK
+                pointers,
+                factor,
+                first.numel(),
+                blocks,
+                BLOCK=BLOCK,
+                enable_fp_fusion=True,
             )
 
 

@@ -103,5 +103,6 @@ def _short_launch(
         STREAM=config.num_stages > 1,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
     return sums

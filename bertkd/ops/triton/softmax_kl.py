@@ -82,10 +82,10 @@ def row_kl(
         if classes <= BLOCK_CLASSES:
             config = block_config(classes, alignment(classes, z_s, z_t, grad))
             grid = (cdiv(n_rows, config["ROWS"]),)
-            softmax_kl_block_kernel[grid](*arguments, **config)
+            softmax_kl_block_kernel[grid](*arguments, **config, enable_fp_fusion=True)
         else:
             config = loop_config(alignment(0, z_s, z_t, grad), z_s.dtype, z_t.dtype)
-            softmax_kl_loop_kernel[(n_rows,)](*arguments, **config)
+            softmax_kl_loop_kernel[(n_rows,)](*arguments, **config, enable_fp_fusion=True)
     return out
 
 
