@@ -146,3 +146,16 @@ def test_a_cross_encoders_scores_are_compared_as_numbers():
     batch = tiny_batch(teacher)
     expected = F.mse_loss(student(**batch).logits, teacher(**batch).logits)
     close(Distiller(teacher, student, "kd")(batch).loss, expected)
+
+
+def test_the_paper_divides_what_stands_beside_the_logits_by_the_batch_once_more(case):
+    *_, ours, theirs = case
+    z_s, z_t, size = ours.logits, theirs.logits, len(LABELS)
+    # As there: sums over the examples, a mean of the other loss, and all of it over the batch size.
+    ce = F.cross_entropy(z_s, LABELS, reduction="sum")
+    kd = F.kl_div(z_s.log_softmax(-1), z_t.softmax(-1), reduction="sum")
+    other = value(case, "att_kl@released")
+    expected = (0.5 * ce + 0.5 * kd + other) / size
+    objective = "0.5*ce + 0.5*kd + 0.03125*att_kl@released"
+    assert f"`{objective}`" in PAGE
+    close(value(case, objective.replace("0.03125", str(1 / size)), labels=LABELS), expected)

@@ -52,7 +52,16 @@ def test_shipped_recipes_load_and_their_objectives_parse(name):
     recipe = Recipe.load(name)
     for stage in recipe.stages:
         read_objective(stage.objective)
-    assert name == recipe.task
+    assert recipe.task == (None if name == "task-agnostic" else name)
+
+
+def test_the_task_agnostic_recipe_holds_the_papers_settings():
+    recipe = Recipe.load("task-agnostic")
+    (stage,) = recipe.stages
+    assert (stage.lr, stage.batch_size, stage.steps, stage.warmup) == (5e-4, 1024, 100_000, 0.06)
+    assert (stage.schedule, stage.betas, stage.eps) == ("linear", (0.9, 0.98), 1e-6)
+    assert (stage.weight_decay, stage.max_grad_norm) == (0.01, None)
+    assert (recipe.max_length, recipe.layers, recipe.seed) == (128, "first:6", 43)
 
 
 def write(tmp_path, text):

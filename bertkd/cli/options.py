@@ -165,6 +165,6 @@ def task_of(options: TaskOptions, recipe: Recipe) -> str:
     task = options.task or recipe.task
     if task is None:
         raise ValueError(
-            "no data: give --task (a task's name or a file), or a recipe that has one."
+            "no data: give --task (a task's name or a file; distill takes --text too), or a recipe that has a task."
         )
     return task
