@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from cli_runs import FAST, distill, save_place
+from tiny_models import tiny_model
 from tiny_task import save_tiny_model
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoConfig, AutoModel
@@ -127,6 +128,17 @@ def test_fine_tuning_is_not_resumed_from_another_model(place, tmp_path, capsys):
     other = save_tiny_model(tmp_path / "other", initializer_range=0.03)
     assert main(["finetune", "--model", other, *words, "--resume"]) == 1
     assert "settings.model was 'weights " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta", "albert", "modernbert"])
+def test_a_model_without_its_tokenizer_is_refused(command, model_type, place, tmp_path, capsys):
+    # Transformers makes one without words: all text was unknown, and the run went on.
+    tiny_model(model_type).save_pretrained(tmp_path / "model")
+    words = ["--model" if command == "finetune" else "--teacher", str(tmp_path / "model"), *FAST]
+    words += ["--task", place["task"], "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert main([command, *words]) == 2
+    assert "cannot load a tokenizer from this directory" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_teach_is_fine_tuned_with_a_warning(place, tmp_path, caplog, capsys):

@@ -55,6 +55,12 @@ def load_tokenizer(path: str | os.PathLike[str], argument: str, *configs: Pretra
 
     with quiet_transformers(), _said_plainly(path, argument, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path)
+        # Transformers makes one from the class's special tokens where there are no files.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError(
+                "it has no words, so that all text would be unknown; save the model's own there, "
+                "tokenizer.save_pretrained(...)"
+            )
     # Many state no limit, and texts or their padding would run past the last position.
     for config in configs or (load_config(path, argument),):
         with contextlib.suppress(UnsupportedEncoderError):
