@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -139,6 +140,23 @@ def test_a_model_without_its_tokenizer_is_refused(command, model_type, place, tm
     words += ["--task", place["task"], "--output_dir", str(tmp_path / "out"), "--dry_run"]
     assert main([command, *words]) == 2
     assert "cannot load a tokenizer from this directory" in capsys.readouterr().err
+
+
+def test_a_student_with_another_tokenizer_is_refused_and_one_without_is_not(
+    place, tmp_path, capsys
+):
+    student = tmp_path / "student"
+    tiny_model("bert", head_cls="sequence", num_labels=2, seed=1).save_pretrained(student)
+    words = ["--task", place["task"], "--student", str(student), "--dry_run"]
+    assert distill(place, tmp_path / "out", *words) == 0
+    tiny_tokenizer().save_pretrained(student)
+    assert distill(place, tmp_path / "out", *words) == 0
+    vocabulary = json.loads((student / "tokenizer.json").read_text())
+    ids = vocabulary["model"]["vocab"]
+    ids["good"], ids["bad"] = ids["bad"], ids["good"]
+    (student / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert distill(place, tmp_path / "out", *words) == 2
+    assert "tokenizers differ, e.g. 'good' has id" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_teach_is_fine_tuned_with_a_warning(place, tmp_path, caplog, capsys):

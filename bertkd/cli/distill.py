@@ -88,6 +88,8 @@ def prepare(config: Config) -> Callable[[], None]:
         check_labels(teacher, workload.task, "teacher")
     own_head = saved_head(config.student, "student") if config.student is not None else None
     student = _student(config, recipe, teacher, workload, own_head)
+    if config.student is not None:
+        _check_tokens(config.student, student, teacher, tokenizer)
     settings = _settings(config, recipe, teacher, student)
     facts = {"student made of": config.student or f"the teacher's blocks {recipe.layers}"}
     if config.teacher_precision != "fp32":
@@ -263,6 +265,22 @@ def _student(
     if workload.task is not None:
         check_labels(student, workload.task, "student")
     return student
+
+
+def _check_tokens(path: str, student: Any, teacher: Any, tokenizer: Any) -> None:
+    """Refuse a student that comes with another tokenizer than its teacher's, which both will be fed by.
+
+    Raises:
+        ValueError: a token has another id.
+    """
+    from bertkd.objectives.sides import check_models
+    from bertkd.study.models import load_tokenizer
+
+    try:
+        own = load_tokenizer(path, "student")
+    except ValueError:
+        return  # it has none: both are fed by the teacher's
+    check_models(student, teacher, own, tokenizer)
 
 
 def _settings(config: Config, recipe: Recipe, teacher: Any, student: Any) -> dict[str, Any]:
