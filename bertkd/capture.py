@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bertkd._session import REENTRANT, Recording, Session, Stop
-from bertkd.encoders import base_model, block_list, describe
+from bertkd.encoders import block_list, describe
 
 __all__ = ["Capture", "Recording"]
 
@@ -112,8 +112,7 @@ class Capture:
             instead = None
         # An abandoned forward would leave a distributed wrapper in the middle of its bookkeeping,
         # and a checkpoint with its hooks on saved tensors.
-        modules = (self.model, base_model(self.model), *blocks)
-        stop = stop and not checkpointing and not any(map(_is_distributed, modules))
+        stop = stop and not checkpointing and not is_distributed(self.model)
         session = Session(self.blocks, self.states, stop, instead, self.parts, self.has_pads)
         try:
             session.attach(self.model)
@@ -143,22 +142,27 @@ def _has_checkpoint_wrapper(model: nn.Module) -> bool:
     )
 
 
-def _is_distributed(module: nn.Module) -> bool:
+def is_distributed(model: nn.Module) -> bool:
+    """Whether ``model`` or something in it is in ``DistributedDataParallel`` or sharded by FSDP's ``fully_shard``."""
+    # Without a group of processes there is nothing to look for.
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
     # By name, so that FSDP need not be imported.
     return any(
-        cls.__name__ in ("FSDPModule", "DistributedDataParallel") for cls in type(module).__mro__
+        cls.__name__ in ("FSDPModule", "DistributedDataParallel")
+        for module in model.modules()
+        for cls in type(module).__mro__
     )
 
 
-def last_outputs(model: nn.Module, blocks: Collection[int]) -> frozenset[int]:
-    """The state behind the last of ``blocks`` if FSDP shards them, else none: a loss of maps has to depend on it.
+def nothing_of(output: Any) -> Tensor | float:
+    """0 that depends on a network's output: FSDP gathers weights anew once a gradient reaches what a module returned.
 
-    FSDP gathers a block's weights once a gradient reaches the block's output. That of a map reaches its inside only.
+    That of a captured tensor reaches the insides of modules only.
     """
-    sharded = bool(blocks) and any(
-        cls.__name__ == "FSDPModule" for block in block_list(model) for cls in type(block).__mro__
-    )
-    return frozenset([max(blocks) + 1]) if sharded else frozenset()
+    values = output.values() if isinstance(output, Mapping) else output
+    tensors = (value for value in values if isinstance(value, Tensor) and value.requires_grad)
+    return next((0.0 * tensor.flatten()[0] for tensor in tensors), 0.0)
 
 
 def _indices(argument: str, values: Iterable[int], last: int) -> frozenset[int]:

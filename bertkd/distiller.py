@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bertkd import cpu_attention
 from bertkd._blame import blame
-from bertkd.capture import Capture, Recording, last_outputs
+from bertkd.capture import Capture, Recording, is_distributed, nothing_of
 from bertkd.compiling import allow_graphs, compile_in_place
 from bertkd.encoders import unwrap
 from bertkd.errors import NonFiniteError, unknown_name
@@ -160,12 +160,11 @@ class Distiller(nn.Module):
             allow_graphs(self.teacher, self.student)
         inputs, has_pads = self._inputs(batch)
         teacher = self._record_teacher(inputs, needs, has_pads)
-        ends = last_outputs(self.student, needs.student_blocks)
         student = self._record(
             self.student,
             inputs,
             needs.student_blocks,
-            needs.student_states | ends,
+            needs.student_states,
             needs.student_logits,
             has_pads=has_pads,
         )
@@ -179,7 +178,8 @@ class Distiller(nn.Module):
             batch=batch,
         )
         loss, terms = self.objective(step)
-        loss = loss + sum(0.0 * student.states[end][0, 0, 0] for end in ends) if ends else loss
+        if not needs.student_logits and is_distributed(self.student):
+            loss = loss + nothing_of(student.output)
         checks = loss.device.type == "cpu" if self.finite_checks is None else self.finite_checks
         if checks and not torch.isfinite(loss):
             raise NonFiniteError(blame(step, terms))

@@ -64,11 +64,23 @@ def test_a_student_in_ddp_may_end_in_a_state_that_is_read(process_group, model_t
             Distiller(teacher, model, term)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("objective", ["att_kl + val_kl", "qkv_kl(student_block=0)", BOTH])
-def test_a_sharded_student_has_the_same_gradients(objective, whole, process_group):
-    """Where no term reads a state, nothing but the inside of the last block is differentiated."""
-    teacher, student = models()
+# What is sharded, each in a call of its own; a list in one.
+SHARDS = {
+    "blocks": lambda d: [*d.student.bert.encoder.layer],
+    "blocks and student": lambda d: [*d.student.bert.encoder.layer, d.student],
+    "blocks and distiller": lambda d: [*d.student.bert.encoder.layer, d],
+    "student": lambda d: [d.student],
+    "attention": lambda d: [*(x.attention for x in d.student.bert.encoder.layer), d.student],
+    "blocks as one": lambda d: [[*d.student.bert.encoder.layer], d.student],
+    "encoder": lambda d: [d.student.bert.encoder, d],
+}
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("objective", ["att_kl + val_kl", "qkv_kl(student_block=0)", BOTH, "pkd"])
+def test_a_sharded_student_has_the_same_gradients(objective, shards, process_group):
+    """FSDP goes by the outputs of modules, while terms may read nothing but the inside of some."""
+    teacher, student = models("sequence")
     distiller = Distiller(teacher, student, objective)
     batch = tiny_batch(teacher)
     expected = distiller(batch)
@@ -76,17 +88,19 @@ def test_a_sharded_student_has_the_same_gradients(objective, whole, process_grou
     alone = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     distiller.zero_grad(set_to_none=True)
     mesh = init_device_mesh("cpu", (1,))
-    for module in (*student.encoder.layer, distiller if whole else student):
-        fully_shard(module, mesh=mesh)
+    for modules in SHARDS[shards](distiller):
+        fully_shard(modules, mesh=mesh, reshard_after_forward=True)
     for _ in range(2):
         distiller.zero_grad(set_to_none=True)
         got = distiller(batch)
         got.loss.backward()
     torch.testing.assert_close(got.loss, expected.loss)
-    sharded = {
-        name: p.grad.full_tensor() for name, p in student.named_parameters() if p.grad is not None
-    }
+    sharded = {name: full(p.grad) for name, p in student.named_parameters() if p.grad is not None}
     for name, grad in sharded.items():
-        # What lies behind the last map gets zeros.
+        # What lies behind the last thing read gets zeros.
         torch.testing.assert_close(grad, alone.get(name, torch.zeros_like(grad)))
     assert sharded.keys() >= alone.keys()
+
+
+def full(grad):
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
