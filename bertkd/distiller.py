@@ -45,6 +45,10 @@ class DistillOutput:
     logits: Tensor | None = None
 
 
+# DDP's static graph and torch.export look for tensors in what is registered only.
+torch.export.register_dataclass(DistillOutput)
+
+
 class Distiller(nn.Module):
     """Distils a teacher into a student; ``forward(batch)`` returns the loss.
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bertkd.distiller import Distiller
+from bertkd.training import Supervised
 
 
 def test_ddp_wraps_student_and_projections_and_gives_the_same_gradients(process_group):
@@ -33,6 +34,26 @@ def test_ddp_needs_no_search_for_unused_parameters_where_logits_are_used(process
     wrapped = DistributedDataParallel(distiller)
     for _ in range(2):
         wrapped(tiny_batch(teacher, labels=True)).loss.backward()
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_a_static_graph_exchanges_gradients(process_group, supervised):
+    """Only tensors that DDP finds in the output tell it when a backward has ended."""
+    teacher, student = models("sequence")
+    module = Supervised(student) if supervised else Distiller(teacher, student, f"{BOTH} + kd")
+    wrapped, exchanged = DistributedDataParallel(module, static_graph=True), []
+
+    def exchange(state, bucket):
+        exchanged.append(sum(x.numel() for x in bucket.gradients()))
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, exchange)
+    batch = tiny_batch(teacher, labels=True)
+    for step in (1, 2):
+        wrapped(batch).loss.backward()
+        assert sum(exchanged) == step * sum(p.numel() for p in student.parameters())
 
 
 def test_a_student_in_ddp_is_refused_where_its_output_is_not_used(process_group):

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from bertkd.objectives.sides import accepted
@@ -24,6 +25,10 @@ class SupervisedOutput:
     loss: Tensor
     terms: dict[str, Tensor]
     logits: Tensor | None = None
+
+
+# As DistillOutput is.
+torch.export.register_dataclass(SupervisedOutput)
 
 
 class Supervised(nn.Module):
