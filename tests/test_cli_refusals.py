@@ -156,7 +156,7 @@ def test_a_student_with_another_tokenizer_is_refused_and_one_without_is_not(
     ids["good"], ids["bad"] = ids["bad"], ids["good"]
     (student / "tokenizer.json").write_text(json.dumps(vocabulary))
     assert distill(place, tmp_path / "out", *words) == 2
-    assert "tokenizers differ, e.g. 'good' has id" in capsys.readouterr().err
+    assert "tokenizers differ, e.g. 'bad' has id" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_teach_is_fine_tuned_with_a_warning(place, tmp_path, caplog, capsys):

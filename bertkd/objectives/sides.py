@@ -201,7 +201,8 @@ def _decoder_rows(inner: Any) -> int:
 def _check_tokenizers(ours: Any, theirs: Any, our_rows: int, their_rows: int) -> None:
     ids, others = ours.get_vocab(), theirs.get_vocab()
     if ids != others:
-        token = next(t for t in {**ids, **others} if ids.get(t) != others.get(t))
+        # Vocabularies come in an order that differs from process to process.
+        token = min(t for t in {**ids, **others} if ids.get(t) != others.get(t))
         raise ValueError(
             f"tokenizers differ, e.g. {token!r} has id {ids.get(token)} (student) and "
             f"{others.get(token)} (teacher); both models see the same input_ids, so use one tokenizer"
