@@ -147,11 +147,12 @@ def is_distributed(model: nn.Module) -> bool:
     # Without a group of processes there is nothing to look for.
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
+    kinds = {type(module) for module in model.modules()}
     # By name, so that FSDP need not be imported.
     return any(
         cls.__name__ in ("FSDPModule", "DistributedDataParallel")
-        for module in model.modules()
-        for cls in type(module).__mro__
+        for kind in kinds
+        for cls in kind.__mro__
     )
 
 
