@@ -43,6 +43,19 @@ def scores(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype).transpose(-1, -2) * scale
 
 
+def attended_keys(
+    mask: Tensor | None, window: int | None, length: int, device: torch.device
+) -> Tensor:
+    """Which keys every row may attend to, (B or 1, 1, L or 1, L): real ones, at most ``window`` tokens away."""
+    keys = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
+    if mask is not None:
+        keys = keys & mask.bool()[:, None, None, :]
+    if window is not None:
+        positions = torch.arange(length, device=device)
+        keys = keys & ((positions[:, None] - positions).abs() <= window)
+    return keys
+
+
 @full_precision
 def relation_kl_rows(
     a_s: Tensor,
@@ -53,6 +66,7 @@ def relation_kl_rows(
     *,
     scale_s: float,
     scale_t: float,
+    window: int | None = None,
     min_prob: float | None = None,
 ) -> Tensor:
     """KL(softmax(a_t b_t^T scale_t) || softmax(a_s b_s^T scale_s)) of every query row.
@@ -62,6 +76,7 @@ def relation_kl_rows(
         a_t, b_t: teacher (B, H, L, D_t).
         mask: (B, L) keys that may be attended to.
         scale_s, scale_t: factors on the scores.
+        window: how many tokens to either side a row may attend to; None for all.
         min_prob: clamp of the student's probabilities before the logarithm, as the paper's released
             code does with 1e-7 (it removes the gradient of everything below).
 
@@ -71,10 +86,7 @@ def relation_kl_rows(
     dtype = compute_dtype(a_s, b_s, a_t, b_t)
     s_s = scores(a_s, b_s, scale_s, dtype)
     s_t = scores(a_t, b_t, scale_t, dtype)
-    if mask is None:
-        keys = torch.ones(s_s.shape[0], 1, 1, s_s.shape[-1], dtype=torch.bool, device=s_s.device)
-    else:
-        keys = mask.bool()[:, None, None, :]
+    keys = attended_keys(mask, window, s_s.shape[-1], s_s.device)
     # A finite stand-in for minus infinity keeps fully masked rows free of NaN.
     low = torch.finfo(dtype).min / 4
     log_p_t = torch.log_softmax(s_t.masked_fill(~keys, low), -1)
@@ -95,6 +107,7 @@ def attention_mse_rows(
     *,
     scale_s: float,
     scale_t: float,
+    window: int | None = None,
     min_score: float | None = None,
 ) -> Tensor:
     """Sum over real keys of (S_s - S_t)^2 for every query row, on scaled scores before softmax.
@@ -104,6 +117,7 @@ def attention_mse_rows(
         q_t, k_t: teacher (B, H, L, D_t).
         mask: (B, L) keys that count.
         scale_s, scale_t: factors on the scores.
+        window: how many tokens to either side of a row count; None for all.
         min_score: scores at or below it are set to 0 on either side, as the released code does with -1e2.
 
     Returns:
@@ -116,8 +130,9 @@ def attention_mse_rows(
         s_s = s_s.masked_fill(s_s <= min_score, 0.0)
         s_t = s_t.masked_fill(s_t <= min_score, 0.0)
     squares = (s_s - s_t).square()
-    if mask is not None:
-        squares = squares.masked_fill(~mask.bool()[:, None, None, :], 0.0)
+    if mask is not None or window is not None:
+        keys = attended_keys(mask, window, s_s.shape[-1], s_s.device)
+        squares = squares.masked_fill(~keys, 0.0)
     return squares.sum(-1)
 
 

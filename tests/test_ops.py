@@ -41,6 +41,10 @@ def inputs(op):
         "self_relation_kl_fwd_bwd": (heads_weight, student[0], teacher[0], mask, 0.5, 0.5),
         "attention_mse_rows": attention,
         "attention_mse_fwd_bwd": (heads_weight, *attention),
+        "window_relation_kl_rows": (*attention, 3),
+        "window_relation_kl_fwd_bwd": (heads_weight, *attention, 3),
+        "window_attention_mse_rows": (*attention, 3),
+        "window_attention_mse_fwd_bwd": (heads_weight, *attention, 3),
         "hidden_mse_fwd_bwd": (rows, [d_s, d_s.half()], [d_s, d_s]),
         "hidden_proj_mse_fwd_bwd": (rows, d_s, weight, bias, d_t),
         "hidden_combine_mse_fwd_bwd": (rows, [d_s], torch.randn(4, 12), bias[:4], [d_t, d_t]),
@@ -78,6 +82,14 @@ def losses():
         "value_relation_kl": (
             lambda v: functional.value_relation_kl(v, teacher[0], mask),
             student[:1],
+        ),
+        "attention_kl, window": (
+            lambda q, k: functional.attention_kl(q, k, *teacher, mask, window=3),
+            student,
+        ),
+        "attention_mse, window": (
+            lambda q, k: functional.attention_mse(q, k, *teacher, mask, window=3),
+            student,
         ),
         "rows": (
             lambda q, k: (

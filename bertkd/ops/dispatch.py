@@ -119,6 +119,8 @@ _TYPICAL: dict[str, list[tuple[int, ...]]] = {
     "relation_kl": [_HEADS] * 4,
     "self_relation_kl": [_HEADS] * 2,
     "attention_mse": [_HEADS] * 4,
+    "window_relation_kl": [_HEADS] * 4,
+    "window_attention_mse": [_HEADS] * 4,
     "hidden_mse": [_STATES] * 2,
     "hidden_proj_mse": [_STATES, (768, 768), _STATES],
     "hidden_combine_mse": [_STATES, (768, 1536), _STATES, _STATES],

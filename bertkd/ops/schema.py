@@ -28,6 +28,7 @@ from bertkd.reference import compute_dtype
 _ATTENTION = "Tensor {0}_s, Tensor {1}_s, Tensor {0}_t, Tensor {1}_t, Tensor? mask, float scale_s, float scale_t"
 _AB = _ATTENTION.format("a", "b")
 _QK = _ATTENTION.format("q", "k")
+_WINDOW = "int window"  # tokens to either side that a row compares
 _SELF = "Tensor x_s, Tensor x_t, Tensor? mask, float scale_s, float scale_t"
 _LINEAR = (
     "Tensor h_s, Tensor w_s, Tensor? bias_s, Tensor h_t, Tensor w_t, Tensor? bias_t, float temperature, "
@@ -45,6 +46,10 @@ SCHEMAS = {
     "self_relation_kl_fwd_bwd": f"(Tensor row_weight, {_SELF}, str impl) -> (Tensor, Tensor)",
     "attention_mse_rows": f"({_QK}, str impl) -> Tensor",
     "attention_mse_fwd_bwd": f"(Tensor row_weight, {_QK}, str impl) -> (Tensor, Tensor, Tensor)",
+    "window_relation_kl_rows": f"({_AB}, {_WINDOW}, str impl) -> Tensor",
+    "window_relation_kl_fwd_bwd": f"(Tensor row_weight, {_AB}, {_WINDOW}, str impl) -> (Tensor, Tensor, Tensor)",
+    "window_attention_mse_rows": f"({_QK}, {_WINDOW}, str impl) -> Tensor",
+    "window_attention_mse_fwd_bwd": f"(Tensor row_weight, {_QK}, {_WINDOW}, str impl) -> (Tensor, Tensor, Tensor)",
     "hidden_mse_fwd_bwd": "(Tensor row_weight, Tensor[] h_s, Tensor[] h_t, str impl) -> (Tensor, Tensor[])",
     "hidden_mse_sum": "(Tensor row_weight, Tensor[] h_s, Tensor[] h_t, str impl) -> Tensor",
     "hidden_proj_mse_fwd_bwd": (
@@ -149,6 +154,10 @@ FAKES: dict[str, Callable[..., Any]] = {
     "self_relation_kl_fwd_bwd": _fake_fwd_bwd,
     "attention_mse_rows": _fake_relation_rows,
     "attention_mse_fwd_bwd": _fake_relation_fwd_bwd,
+    "window_relation_kl_rows": _fake_relation_rows,
+    "window_relation_kl_fwd_bwd": _fake_relation_fwd_bwd,
+    "window_attention_mse_rows": _fake_relation_rows,
+    "window_attention_mse_fwd_bwd": _fake_relation_fwd_bwd,
     "hidden_mse_fwd_bwd": _fake_hidden_mse,
     "hidden_mse_sum": _fake_sum,
     "hidden_proj_mse_fwd_bwd": _fake_hidden_proj_mse,

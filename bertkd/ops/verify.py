@@ -17,6 +17,8 @@ TENSORS = {
     "relation_kl": 4,
     "self_relation_kl": 2,
     "attention_mse": 4,
+    "window_relation_kl": 4,
+    "window_attention_mse": 4,
     "hidden_mse": 2,
     "hidden_proj_mse": 3,
     "hidden_combine_mse": 3,
@@ -25,7 +27,8 @@ TENSORS = {
     "linear_kl": 4,
 }
 
-ATTENTION = ("relation_kl", "self_relation_kl", "attention_mse")
+WINDOWED = ("window_relation_kl", "window_attention_mse")
+ATTENTION = ("relation_kl", "self_relation_kl", "attention_mse", *WINDOWED)
 
 # One length for every form of the attention kernels (whole heads of up to 16, 32, 64, 128 tokens, tiles beyond), each
 # with a ragged edge: checking every length that a data set has would never end.
@@ -103,9 +106,12 @@ def random_case(
     rows, keys = rows.to(device), mask.to(device) if sizes.masked else None
     count = flat.shape[0]
     scales = width_s**-0.5, width_t**-0.5
-    if op in ("relation_kl", "attention_mse"):
+    if op in ("relation_kl", "attention_mse", *WINDOWED):
         widths = (width_s, width_s, width_t, width_t)
-        return [rows, *(heads_of(*x) for x in zip(dtypes, widths, strict=True)), keys, *scales]
+        sides = [heads_of(*x) for x in zip(dtypes, widths, strict=True)]
+        # Wide enough to cross tiles, narrow enough to leave some out.
+        window = [length // 4] if op in WINDOWED else []
+        return [rows, *sides, keys, *scales, *window]
     if op == "self_relation_kl":
         return [rows, heads_of(student, width_s), heads_of(teacher, width_t), keys, *scales]
     if op == "hidden_mse":

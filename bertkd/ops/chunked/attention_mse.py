@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertkd.ops.chunked.tiles import Workspace, key_mask, keys_of, rows_of, score_tile, tiles
+from bertkd.ops.chunked.tiles import Workspace, keys_of, left_out, rows_of, score_tile, tiles
 from bertkd.reference import compute_dtype
 
 
@@ -32,21 +32,16 @@ def attention_mse_rows(
     scale_t: float,
 ) -> Tensor:
     """Sum over real keys of (S_s - S_t)^2 of every query row, (B, H, L)."""
-    dtype = compute_dtype(q_s, k_s, q_t, k_t)
-    out = torch.zeros(q_s.shape[:-1], dtype=dtype, device=q_s.device)
     if gram_pays(q_s.shape[2], q_s.shape[-1], q_t.shape[-1]):
+        dtype = compute_dtype(q_s, k_s, q_t, k_t)
+        out = torch.zeros(q_s.shape[:-1], dtype=dtype, device=q_s.device)
         for b in range(q_s.shape[0]):
             a, keys = _factors(
                 q_s[b], k_s[b], q_t[b], k_t[b], _keys(mask, b), scale_s, scale_t, dtype
             )
             out[b] = (a @ (keys.transpose(1, 2) @ keys)).mul_(a).sum(-1)
         return out
-    work = Workspace(dtype, q_s.device)
-    for tile in tiles(q_s, mask):
-        difference, *_ = _difference(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, tile, work)
-        at_tile = tile.rows_in(out)
-        at_tile.copy_(difference.square_().sum(-1).view_as(at_tile))
-    return out
+    return _tile_rows(q_s, k_s, q_t, k_t, mask, scale_s, scale_t)
 
 
 def attention_mse_fwd_bwd(
@@ -107,27 +102,40 @@ def _gram_fwd_bwd(row_weight, q_s, k_s, q_t, k_t, mask, scale_s, scale_t):
     return loss, grad_q, grad_k
 
 
-def _difference(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, tile, work):
-    """S_s - S_t of a tile (G, rows, keys) with pad keys 0, and the student's rows and keys."""
+def _difference(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, window, tile, work):
+    """S_s - S_t of a tile (G, rows, keys), 0 at pairs that take no part, and the student's rows and keys."""
     q, k = rows_of(q_s, tile, work.dtype), keys_of(k_s, tile, work.dtype)
     s = score_tile(q, k, scale_s, work, "s")
     t = score_tile(
         rows_of(q_t, tile, work.dtype), keys_of(k_t, tile, work.dtype), scale_t, work, "t"
     )
     difference = s.sub_(t)
-    pads = key_mask(mask, tile)
-    if pads is not None:
-        difference.masked_fill_(pads, 0.0)
+    hidden = left_out(mask, tile, window, q_s)
+    if hidden is not None:
+        difference.masked_fill_(hidden, 0.0)
     return difference, q, k
 
 
-def _tile_fwd_bwd(row_weight, q_s, k_s, q_t, k_t, mask, scale_s, scale_t):
+def _tile_rows(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, window=None):
+    dtype = compute_dtype(q_s, k_s, q_t, k_t)
+    work = Workspace(dtype, q_s.device)
+    out = torch.zeros(q_s.shape[:-1], dtype=dtype, device=q_s.device)
+    for tile in tiles(q_s, mask, window=window):
+        difference, *_ = _difference(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, window, tile, work)
+        at_tile = tile.rows_in(out)
+        at_tile.copy_(difference.square_().sum(-1).view_as(at_tile))
+    return out
+
+
+def _tile_fwd_bwd(row_weight, q_s, k_s, q_t, k_t, mask, scale_s, scale_t, window=None):
     dtype = compute_dtype(q_s, k_s, q_t, k_t)
     work = Workspace(dtype, q_s.device)
     loss = torch.zeros((), dtype=dtype, device=q_s.device)
     grad_q, grad_k = torch.zeros_like(q_s), torch.zeros_like(k_s, dtype=dtype)
-    for tile in tiles(q_s, mask, row_weight):
-        difference, q, k = _difference(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, tile, work)
+    for tile in tiles(q_s, mask, row_weight, window):
+        difference, q, k = _difference(
+            q_s, k_s, q_t, k_t, mask, scale_s, scale_t, window, tile, work
+        )
         weight = rows_of(row_weight, tile, dtype)
         squares = torch.mul(difference, difference, out=work.get("t", *difference.shape)).sum(-1)
         loss += torch.dot(squares.flatten(), weight.flatten())
@@ -136,3 +144,32 @@ def _tile_fwd_bwd(row_weight, q_s, k_s, q_t, k_t, mask, scale_s, scale_t):
         at_rows.copy_(torch.bmm(difference, k).mul_(weight).view_as(at_rows))
         at_keys.add_(torch.bmm(difference.transpose(1, 2), q * weight).view_as(at_keys))
     return loss, grad_q, grad_k.to(k_s.dtype)
+
+
+def window_attention_mse_rows(
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    window: int,
+) -> Tensor:
+    """``attention_mse_rows`` over the keys that are at most ``window`` tokens away, O(L window)."""
+    return _tile_rows(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, window)
+
+
+def window_attention_mse_fwd_bwd(
+    row_weight: Tensor,
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``attention_mse_fwd_bwd`` over the keys that are at most ``window`` tokens away."""
+    return _tile_fwd_bwd(row_weight, q_s, k_s, q_t, k_t, mask, scale_s, scale_t, window)

@@ -8,9 +8,9 @@ from torch import Tensor
 from bertkd.ops.chunked.tiles import (
     Tile,
     Workspace,
-    key_mask,
     keys_of,
     kl_sweep,
+    left_out,
     low,
     rows_of,
     score_tile,
@@ -22,21 +22,21 @@ from bertkd.reference import compute_dtype
 class _Relations:
     """The two score tiles of a tile, masked, and their sweep."""
 
-    def __init__(self, a_s, b_s, a_t, b_t, mask, scale_s, scale_t) -> None:
+    def __init__(self, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window) -> None:
         self.student, self.teacher = (a_s, b_s, scale_s), (a_t, b_t, scale_t)
-        self.mask = mask
+        self.mask, self.window = mask, window
         self.dtype = compute_dtype(a_s, b_s, a_t, b_t)
         self.work = Workspace(self.dtype, a_s.device)
 
     def sweep(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Row KL (G, rows), P_s - P_t (G, rows, keys), and the student's rows and keys of the tile."""
-        pads = key_mask(self.mask, tile)
+        hidden = left_out(self.mask, tile, self.window, self.student[0])
         tile_scores = []
         for name, (a, b, scale) in (("t", self.teacher), ("s", self.student)):
             a_tile, b_tile = rows_of(a, tile, self.dtype), keys_of(b, tile, self.dtype)
             scores = score_tile(a_tile, b_tile, scale, self.work, name)
-            if pads is not None:
-                scores.masked_fill_(pads, low(self.dtype))
+            if hidden is not None:
+                scores.masked_fill_(hidden, low(self.dtype))
             tile_scores.append(scores)
         t, s = tile_scores
         rows, difference = kl_sweep(s, t, self.work.get("p", *s.shape))
@@ -66,9 +66,13 @@ def relation_kl_rows(
     scale_t: float,
 ) -> Tensor:
     """KL of every query row, (B, H, L); rows of sequences without a real token are 0."""
-    relations = _Relations(a_s, b_s, a_t, b_t, mask, scale_s, scale_t)
+    return _rows(a_s, b_s, a_t, b_t, mask, scale_s, scale_t)
+
+
+def _rows(a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window=None) -> Tensor:
+    relations = _Relations(a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window)
     out = torch.zeros(a_s.shape[:-1], dtype=relations.dtype, device=a_s.device)
-    for tile in tiles(a_s, mask):
+    for tile in tiles(a_s, mask, window=window):
         rows, *_ = relations.sweep(tile)
         at_tile = tile.rows_in(out)
         at_tile.copy_(rows.view_as(at_tile))
@@ -86,12 +90,18 @@ def relation_kl_fwd_bwd(
     scale_t: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum(row_weight * KL)`` and its gradients: dS = w (P_s - P_t), da = dS b c, db = dS^T a c."""
-    relations = _Relations(a_s, b_s, a_t, b_t, mask, scale_s, scale_t)
+    return _fwd_bwd(row_weight, a_s, b_s, a_t, b_t, mask, scale_s, scale_t)
+
+
+def _fwd_bwd(
+    row_weight, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    relations = _Relations(a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window)
     loss = torch.zeros((), dtype=relations.dtype, device=a_s.device)
     # Preserves the strides of the input: a (B, L, H, D) view gets its gradient without a transposition.
     grad_a = torch.zeros_like(a_s)
     grad_b = torch.zeros_like(b_s, dtype=relations.dtype)
-    for tile in tiles(a_s, mask, row_weight):
+    for tile in tiles(a_s, mask, row_weight, window):
         value, da, db = relations.gradients(tile, row_weight)
         loss += value
         at_rows, at_keys = tile.rows_in(grad_a), tile.keys_in(grad_b)
@@ -116,7 +126,7 @@ def self_relation_kl_fwd_bwd(
     scale_t: float,
 ) -> tuple[Tensor, Tensor]:
     """``relation_kl_fwd_bwd`` of x with itself: one gradient, the sum of both roles, rounded once."""
-    relations = _Relations(x_s, x_s, x_t, x_t, mask, scale_s, scale_t)
+    relations = _Relations(x_s, x_s, x_t, x_t, mask, scale_s, scale_t, None)
     loss = torch.zeros((), dtype=relations.dtype, device=x_s.device)
     grad = torch.zeros_like(x_s, dtype=relations.dtype)
     for tile in tiles(x_s, mask, row_weight):
@@ -126,3 +136,32 @@ def self_relation_kl_fwd_bwd(
         at_rows.add_(da.view_as(at_rows))
         at_keys.add_(db.view_as(at_keys))
     return loss, grad.to(x_s.dtype)
+
+
+def window_relation_kl_rows(
+    a_s: Tensor,
+    b_s: Tensor,
+    a_t: Tensor,
+    b_t: Tensor,
+    mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    window: int,
+) -> Tensor:
+    """``relation_kl_rows`` over the keys that are at most ``window`` tokens away, O(L window)."""
+    return _rows(a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window)
+
+
+def window_relation_kl_fwd_bwd(
+    row_weight: Tensor,
+    a_s: Tensor,
+    b_s: Tensor,
+    a_t: Tensor,
+    b_t: Tensor,
+    mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``relation_kl_fwd_bwd`` over the keys that are at most ``window`` tokens away."""
+    return _fwd_bwd(row_weight, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window)

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Least rows of a tile of windows: its keys reach as far as its first and last row's do, so that of smaller tiles more
+# would be computed twice, of larger ones more for nothing.
+WINDOW_ROWS = 128
 # Scores in flight. On CPUs two tiles of 2 MiB stay in the last-level cache; on GPUs large tiles hide launches.
 CPU_BUDGET = 1 << 19
 GPU_BUDGET = 1 << 24
@@ -20,12 +23,12 @@ def budget(device: torch.device) -> int:
 
 
 class Tile(NamedTuple):
-    """A block of scores: sequences x heads x query rows, against the first ``keys`` keys."""
+    """A block of scores: sequences x heads x query rows x keys."""
 
     batch: slice
     heads: slice
     rows: slice
-    keys: int
+    keys: slice
 
     def rows_in(self, x: Tensor) -> Tensor:
         """The tile's query rows of (B, H, L, ...), a view."""
@@ -33,7 +36,7 @@ class Tile(NamedTuple):
 
     def keys_in(self, x: Tensor) -> Tensor:
         """The tile's keys of (B, H, L, ...), a view."""
-        return x[self.batch, self.heads, : self.keys]
+        return x[self.batch, self.heads, self.keys]
 
 
 def _used(flags: Tensor) -> list[int]:
@@ -42,13 +45,19 @@ def _used(flags: Tensor) -> list[int]:
     return (flags.to(torch.int64) * positions).amax(1).tolist()
 
 
-def tiles(like: Tensor, mask: Tensor | None, row_weight: Tensor | None = None) -> Iterator[Tile]:
+def tiles(
+    like: Tensor,
+    mask: Tensor | None,
+    row_weight: Tensor | None = None,
+    window: int | None = None,
+) -> Iterator[Tile]:
     """Cut (B, H, L, L) scores into tiles; on a CPU pads at the end of a sequence are left out.
 
     Args:
         like: (B, H, L, D), for its shape and device.
         mask: (B, L) keys, or None.
         row_weight: (B, H, L); rows of weight 0 at the end of a sequence are left out. None keeps all rows.
+        window: how many tokens to either side a row compares, so that the tiles lie along the diagonal; None for all.
     """
     batch, heads, length, _ = like.shape
     if length == 0:
@@ -60,21 +69,36 @@ def tiles(like: Tensor, mask: Tensor | None, row_weight: Tensor | None = None) -
         if row_weight is not None:
             rows = _used((row_weight != 0).any(1))
     limit = budget(like.device)
-    group = max(1, limit // max(1, heads * length * length))
+    most_rows = most_keys = length
+    if window is not None:
+        most_rows = min(length, max(WINDOW_ROWS, window))
+        most_keys = min(length, most_rows + 2 * window)
+    group = max(1, limit // max(1, heads * most_rows * most_keys))
     for b in range(0, batch, group):
         n_keys, n_rows = max(keys[b : b + group]), max(rows[b : b + group])
         if n_keys == 0 or n_rows == 0:
             continue
-        step_rows = max(1, min(n_rows, limit // n_keys))
-        step_heads = max(1, min(heads, limit // (step_rows * n_keys)))
+        in_tile = min(n_keys, most_keys)
+        step_rows = max(1, min(n_rows, most_rows, limit // in_tile))
+        step_heads = max(1, min(heads, limit // (step_rows * in_tile)))
         for h in range(0, heads, step_heads):
             for r in range(0, n_rows, step_rows):
-                yield Tile(
-                    slice(b, min(b + group, batch)),
-                    slice(h, min(h + step_heads, heads)),
-                    slice(r, min(r + step_rows, n_rows)),
-                    n_keys,
-                )
+                rows_of_tile = slice(r, min(r + step_rows, n_rows))
+                keys_of_tile = _within(window, rows_of_tile, n_keys)
+                if keys_of_tile.start < keys_of_tile.stop:
+                    yield Tile(
+                        slice(b, min(b + group, batch)),
+                        slice(h, min(h + step_heads, heads)),
+                        rows_of_tile,
+                        keys_of_tile,
+                    )
+
+
+def _within(window: int | None, rows: slice, keys: int) -> slice:
+    """The keys among the first ``keys`` that any of the rows compares."""
+    if window is None:
+        return slice(0, keys)
+    return slice(max(0, rows.start - window), min(keys, rows.stop + window))
 
 
 class Workspace:
@@ -109,15 +133,29 @@ def score_tile(a: Tensor, b: Tensor, scale: float, work: Workspace, name: str) -
     return torch.baddbmm(out, a, b.transpose(1, 2), beta=0, alpha=scale, out=out)
 
 
-def key_mask(mask: Tensor | None, tile: Tile) -> Tensor | None:
-    """(G, 1, keys), true at pad keys; None if the tile has none (known on a CPU only)."""
+def left_out(mask: Tensor | None, tile: Tile, window: int | None, like: Tensor) -> Tensor | None:
+    """Which of the tile's pairs take no part, broadcast to (G, rows, keys): pad keys, and those outside the window.
+
+    None if there are none: of pads this is known on a CPU only.
+    """
+    beyond = None if window is None else _beyond(window, tile, like.device)
     if mask is None:
-        return None
-    pad = ~mask[tile.batch, : tile.keys].bool()
+        return beyond
+    pad = ~mask[tile.batch, tile.keys].bool()
     if pad.device.type == "cpu" and not bool(pad.any()):
-        return None
+        return beyond
     heads = tile.heads.stop - tile.heads.start
-    return pad[:, None, None, :].expand(-1, heads, -1, -1).flatten(0, 1)
+    pad = pad[:, None, None, :].expand(-1, heads, -1, -1).flatten(0, 1)
+    return pad if beyond is None else pad | beyond
+
+
+def _beyond(window: int, tile: Tile, device: torch.device) -> Tensor:
+    """(rows, keys), true where a key is further than ``window`` from the row."""
+    rows, keys = (
+        torch.arange(x.start, x.stop, device=device, dtype=torch.int32)
+        for x in (tile.rows, tile.keys)
+    )
+    return (rows[:, None] - keys).abs_() > window
 
 
 def kl_sweep(s: Tensor, t: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
