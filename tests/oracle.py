@@ -13,12 +13,18 @@ def _softmax(row):
     return exponentials / exponentials.sum()
 
 
-def relation_kl(a_s, b_s, a_t, b_t, mask, scale_s, scale_t):
-    """(B, H, L) by a loop over rows and the real keys only."""
+def _attended(mask, b, i, length, window):
+    """Positions of the real keys of sequence b that are at most ``window`` tokens from i."""
+    keys = np.arange(length) if mask is None else np.flatnonzero(mask[b].numpy())
+    return keys if window is None else keys[np.abs(keys - i) <= window]
+
+
+def relation_kl(a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window=None):
+    """(B, H, L) by a loop over rows and the keys that they attend to only."""
     a_s, b_s, a_t, b_t = (_float64(x) for x in (a_s, b_s, a_t, b_t))
     out = np.zeros(a_s.shape[:3])
     for b, h, i in np.ndindex(*out.shape):
-        keys = np.arange(a_s.shape[2]) if mask is None else np.flatnonzero(mask[b].numpy())
+        keys = _attended(mask, b, i, a_s.shape[2], window)
         if len(keys) == 0:
             continue
         p_s = _softmax(b_s[b, h, keys] @ a_s[b, h, i] * scale_s)
@@ -27,12 +33,12 @@ def relation_kl(a_s, b_s, a_t, b_t, mask, scale_s, scale_t):
     return out
 
 
-def attention_mse(q_s, k_s, q_t, k_t, mask, scale_s, scale_t):
+def attention_mse(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, window=None):
     """Sums over real keys, (B, H, L), by a loop over rows."""
     q_s, k_s, q_t, k_t = (_float64(x) for x in (q_s, k_s, q_t, k_t))
     out = np.zeros(q_s.shape[:3])
     for b, h, i in np.ndindex(*out.shape):
-        keys = np.arange(q_s.shape[2]) if mask is None else np.flatnonzero(mask[b].numpy())
+        keys = _attended(mask, b, i, q_s.shape[2], window)
         student = k_s[b, h, keys] @ q_s[b, h, i] * scale_s
         teacher = k_t[b, h, keys] @ q_t[b, h, i] * scale_t
         out[b, h, i] = ((student - teacher) ** 2).sum()

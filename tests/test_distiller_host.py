@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from test_distiller import BOTH, gradients, models
@@ -184,17 +182,3 @@ def test_the_look_over_agrees_with_pytorchs_own_walks():
     assert _look_over(model) == (True, True)
     model[1][0].double()
     assert _look_over(model) == (True, False)
-
-
-@pytest.mark.parametrize("objective", ["att_kl", "att_mse", "att_pearson"])
-def test_a_window_is_warned_of_in_whichever_pair_it_stands(objective):
-    # Every third block of ModernBERT attends to all tokens, the first of them among these.
-    teacher = tiny_model("modernbert", layers=4, local_attention=4)
-    student = tiny_model("modernbert", layers=2, local_attention=4, seed=1)
-    batch = tiny_batch(teacher, length=12)
-    for pairs, warned in (([(0, 0)], 0), ([(0, 0), (1, 1)], 1)):
-        distiller = Distiller(teacher, student, objective, layer_map=pairs)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            distiller(batch)
-        assert sum("windows of" in str(each.message) for each in caught) == warned

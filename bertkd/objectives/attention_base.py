@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from bertkd import functional
+from bertkd.layer_maps import Pairs
 from bertkd.objectives.base import MappedTerm, Needs, Setup, Shape, Side, StepContext
 from bertkd.objectives.options import chosen_impl, flag, positive
 
@@ -46,29 +48,59 @@ class AttentionTerm(MappedTerm):
         """The blocks of the pairs, and what the term reads of the teacher's."""
         return replace(super().needs(), teacher_parts=frozenset(self.PARTS))
 
-    def warn_of_windows(self, step: StepContext) -> None:
-        """Warn once where a block attends to a window only: its map is compared without it."""
-        for ours, theirs in self.pairs:
-            windows = step.student.window.get(ours), step.teacher.window.get(theirs)
-            length = step.student.q[ours].shape[2]
-            if not self._warned and any(w is not None and length > w + 1 for w in windows):
-                self._warned = True
-                warnings.warn(
-                    f"{self.name} compares student block {ours} with teacher block {theirs} over all "
-                    f"{length} tokens, though they attend to windows of {windows} tokens (None: all); map "
-                    "global blocks to global ones where the difference matters",
-                    stacklevel=2,
-                )
+    def over_windows(
+        self, step: StepContext, loss: Callable[[Pairs, int | None], Tensor]
+    ) -> Tensor:
+        """Sum (or mean) over the pairs of blocks; ``loss`` is of those that attend to one window together."""
+        groups = self._pairs_by_window(step).items()
+        losses = [loss(tuple(pairs), window) for window, pairs in groups]
+        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return self.reduced(total, len(self.pairs))
 
-    def own_scales(self, step: StepContext) -> tuple[float | None, float | None]:
-        """The models' own factors on the scores, the same for all blocks; None for re-split heads, which have others.
+    def _pairs_by_window(self, step: StepContext) -> dict[int | None, list[tuple[int, int]]]:
+        """The pairs by how many tokens to either side both blocks attend to; None: to all.
+
+        Maps of different extents have no divergence. Such a pair is compared over all tokens, with a warning, once.
+        """
+        found: dict[int | None, list[tuple[int, int]]] = {}
+        for ours, theirs in self.pairs:
+            length = step.student.q[ours].shape[2]
+            window, other = (
+                None if own is None or own >= length - 1 else own
+                for own in (step.student.window.get(ours), step.teacher.window.get(theirs))
+            )
+            if window != other:
+                self._warn_of_windows((ours, theirs), (window, other), length)
+                window = None
+            found.setdefault(window, []).append((ours, theirs))
+        return found
+
+    def _warn_of_windows(
+        self, pair: tuple[int, int], windows: tuple[int | None, int | None], length: int
+    ) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        ours, theirs = (
+            "all tokens" if window is None else f"{window} tokens to either side"
+            for window in windows
+        )
+        warnings.warn(
+            f"{self.name} compares student block {pair[0]} with teacher block {pair[1]} over all {length} tokens, "
+            f"though the one attends to {ours} and the other to {theirs}; map blocks to blocks "
+            "with the same window where the difference matters",
+            stacklevel=2,
+        )
+
+    def own_scales(self, step: StepContext, pairs: Pairs) -> tuple[float | None, float | None]:
+        """The models' own factors on the scores, the same for all pairs; None for re-split heads, which have others.
 
         Raises:
             ValueError: a model's blocks have different factors.
         """
         if self.relation_heads is not None:
             return None, None
-        found = {(step.student.scale[s], step.teacher.scale[t]) for s, t in self.pairs}
+        found = {(step.student.scale[s], step.teacher.scale[t]) for s, t in pairs}
         if len(found) > 1:
             raise ValueError(
                 f"{self.name} compares blocks with one softmax scale a model, got (student, teacher) "
@@ -182,10 +214,11 @@ class RelationTerm(AttentionTerm):
         *,
         masked: bool = True,
         scales: tuple[float | None, float | None] = (None, None),
+        window: int | None = None,
     ) -> Tensor:
-        """Sum (or mean) of the KLs of relations, each a pair of blocks and two of q, k, v."""
+        """Sum of the KLs of relations, each a pair of blocks and two of q, k, v."""
         ours, theirs = step.student, step.teacher
-        total = functional.relation_kl(
+        return functional.relation_kl(
             [getattr(ours, names[0])[s] for (s, _), names in wanted],
             [getattr(ours, names[1])[s] for (s, _), names in wanted],
             [getattr(theirs, names[0])[t] for (_, t), names in wanted],
@@ -196,8 +229,8 @@ class RelationTerm(AttentionTerm):
             temperature=self.temperature,
             t_squared=self.t_squared,
             relation_heads=self.relation_heads,
+            window=window,
             count_pads=self.count_pads,
             min_prob=self.min_prob,
             impl=self.impl,
         )
-        return self.reduced(total, len(wanted))

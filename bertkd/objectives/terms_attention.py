@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from bertkd import functional
+from bertkd.layer_maps import Pairs
 from bertkd.objectives.attention_base import AttentionTerm, RelationTerm
 from bertkd.objectives.base import Memory, Setup, Shape, StepContext, register_term
 
@@ -44,23 +46,25 @@ class AttMSE(AttentionTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step."""
-        self.warn_of_windows(step)
+        return self.over_windows(step, partial(self._compare, step))
+
+    def _compare(self, step: StepContext, pairs: Pairs, window: int | None) -> Tensor:
         ours, theirs = step.student, step.teacher
-        scale_s, scale_t = self.own_scales(step)
-        total = functional.attention_mse(
-            [ours.q[s] for s, _ in self.pairs],
-            [ours.k[s] for s, _ in self.pairs],
-            [theirs.q[t] for _, t in self.pairs],
-            [theirs.k[t] for _, t in self.pairs],
+        scale_s, scale_t = self.own_scales(step, pairs)
+        return functional.attention_mse(
+            [ours.q[s] for s, _ in pairs],
+            [ours.k[s] for s, _ in pairs],
+            [theirs.q[t] for _, t in pairs],
+            [theirs.k[t] for _, t in pairs],
             step.mask,
             scale_s=scale_s,
             scale_t=scale_t,
             relation_heads=self.relation_heads,
+            window=window,
             count_pads=self.count_pads,
             min_score=self.min_score,
             impl=self.impl,
         )
-        return self.reduced(total, len(self.pairs))
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: all maps and one difference per pair; fused: teacher q, k and gradients."""
@@ -87,9 +91,11 @@ class AttKL(RelationTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step, each side with its model's own scale."""
-        self.warn_of_windows(step)
-        wanted = [(pair, "qk") for pair in self.pairs]
-        return self.relations(step, wanted, scales=self.own_scales(step))
+        return self.over_windows(step, partial(self._compare, step))
+
+    def _compare(self, step: StepContext, pairs: Pairs, window: int | None) -> Tensor:
+        wanted = [(pair, "qk") for pair in pairs]
+        return self.relations(step, wanted, scales=self.own_scales(step, pairs), window=window)
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: all maps and two log-softmaxes per pair; fused: teacher q, k and gradients."""

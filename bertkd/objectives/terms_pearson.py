@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bertkd.errors import unknown_name
+from bertkd.layer_maps import Pairs
 from bertkd.objectives.attention_base import AttentionTerm
 from bertkd.objectives.base import Memory, Setup, Shape, StepContext, register_term
 
@@ -23,7 +25,8 @@ class AttPearson(AttentionTerm):
     """1 - mean Pearson correlation of attention maps along the keys, over pairs of blocks.
 
     Rows are computed ``ROWS`` at a time and again in the backward pass, so memory is linear in L.
-    Only real keys correlate and only real rows with two or more of them count. ``axes="all"``
+    Only keys that are attended to correlate (real ones, in the blocks' window where they have one) and only real
+    rows with two or more of them count. ``axes="all"``
     (``@released``) adds the correlations along queries, heads and batch, pads included, and builds
     all maps: memory is quadratic in L. Heads and batch of size 1 have no correlation there, and
     `EPS` in the quotients keeps tiny probabilities from having much.
@@ -48,22 +51,56 @@ class AttPearson(AttentionTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step."""
-        self.warn_of_windows(step)
-        form = _along_keys if self.axes == "keys" else _along_all_axes
-        return self.over_pairs(form(*self._operands(step, s, t)) for s, t in self.pairs)
+        return self.over_windows(step, partial(self._compare, step))
 
-    def _operands(self, step: StepContext, s: int, t: int) -> tuple[Any, ...]:
-        ours, theirs = step.student, step.teacher
-        # Scaling q is what the models do themselves: the scores are q k^T from here on.
-        q_s, q_t = ours.q[s].float() * ours.scale[s], theirs.q[t].float() * theirs.scale[t]
-        keys = step.mask.bool()[:, None, None, :] if step.mask is not None else None
-        return q_s, ours.k[s].float(), q_t, theirs.k[t].float(), keys, self.count_pads
+    def _compare(self, step: StepContext, pairs: Pairs, window: int | None) -> Tensor:
+        mask = None if step.mask is None else step.mask.bool()
+        attended = _Attended(mask, window, self.count_pads)
+        form = _along_keys if self.axes == "keys" else _along_all_axes
+        return torch.stack([form(*_operands(step, s, t), attended) for s, t in pairs]).sum()
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: all maps and two centred ones per pair; by rows: the teacher's q, k."""
         pairs = len(self.pairs)
         naive = self.naive_maps(shape) + pairs * 2 * self.one_map(shape)
         return Memory(naive, naive if self.axes == "all" else pairs * self.fused_rows(shape))
+
+
+class _Attended(NamedTuple):
+    """Which keys rows attend to, and which rows count."""
+
+    mask: Tensor | None
+    window: int | None
+    count_pads: bool
+
+    def reach(self, rows: slice, length: int) -> slice:
+        """The keys that any of the rows may attend to."""
+        if self.window is None:
+            return slice(0, length)
+        return slice(max(0, rows.start - self.window), min(length, rows.stop + self.window))
+
+    def keys(self, rows: slice, reach: slice, device: torch.device) -> Tensor | None:
+        """Those that every row attends to, broadcast to (B, H, rows, keys); None for all."""
+        real = None if self.mask is None else self.mask[:, None, None, reach]
+        if self.window is None:
+            return real
+        row, key = (torch.arange(x.start, x.stop, device=device) for x in (rows, reach))
+        near = (row[:, None] - key).abs() <= self.window
+        return near[None, None] if real is None else real & near
+
+    def weight(self, rows: slice, keys: Tensor | None, length: int, like: Tensor) -> Tensor:
+        """1 for rows that count, broadcast to (B, H, rows): those with two keys or more, which may correlate."""
+        weight = like.new_ones(like.shape[0], 1, rows.stop - rows.start)
+        if self.mask is not None and not self.count_pads:
+            weight = weight * self.mask[:, None, rows]
+        return weight * (length > 1 if keys is None else keys.sum(-1) > 1)
+
+
+def _operands(step: StepContext, s: int, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ours, theirs = step.student, step.teacher
+    # Scaling q is what the models do themselves: the scores are q k^T from here on.
+    q_s, q_t = ours.q[s].float() * ours.scale[s], theirs.q[t].float() * theirs.scale[t]
+    return q_s, ours.k[s].float(), q_t, theirs.k[t].float()
 
 
 def pearson(x: Tensor, y: Tensor, dim: int, valid: Tensor | None) -> Tensor:
@@ -94,29 +131,33 @@ def _chunk(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, keys: Tensor | No
     return pearson(_maps(q_s, k_s, keys), _maps(q_t, k_t, keys), -1, keys)
 
 
-def _along_keys(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, keys: Tensor | None, count_pads: bool
-) -> Tensor:
-    batch, _, length, _ = q_s.shape
-    rows = torch.ones(batch, 1, length, device=q_s.device)
-    if keys is not None:
-        enough = keys.sum(-1) > 1
-        rows = rows * enough if count_pads else keys[:, :, 0] * enough.float()
-    elif length < 2:
-        rows = rows * 0.0
-    total = q_s.new_zeros(())
+def _along_keys(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, attended: _Attended) -> Tensor:
+    heads, length = q_s.shape[1:3]
+    total, count = q_s.new_zeros(()), q_s.new_zeros(())
     for start in range(0, length, ROWS):
-        part = slice(start, start + ROWS)
+        rows = slice(start, min(start + ROWS, length))
+        reach = attended.reach(rows, length)
+        keys = attended.keys(rows, reach, q_s.device)
         correlation = checkpoint(
-            _chunk, q_s[:, :, part], k_s, q_t[:, :, part], k_t, keys, use_reentrant=False
+            _chunk,
+            q_s[:, :, rows],
+            k_s[:, :, reach],
+            q_t[:, :, rows],
+            k_t[:, :, reach],
+            keys,
+            use_reentrant=False,
         )
-        total = total + ((1.0 - correlation) * rows[:, :, part]).sum()
-    return total / (rows.sum() * q_s.shape[1]).clamp_min(1)
+        weight = attended.weight(rows, keys, length, q_s)
+        total = total + ((1.0 - correlation) * weight).sum()
+        count = count + weight.sum()
+    return total / (count * heads).clamp_min(1)
 
 
 def _along_all_axes(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, keys: Tensor | None, count_pads: bool
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, attended: _Attended
 ) -> Tensor:
+    everything = slice(0, q_s.shape[2])
+    keys = attended.keys(everything, everything, q_s.device)
     ours, theirs = _maps(q_s, k_s, keys), _maps(q_t, k_t, keys)
     losses = [1.0 - _released_pearson(ours, theirs, dim).mean() for dim in (-1, -2, 1, 0)]
     return torch.stack(losses).sum()

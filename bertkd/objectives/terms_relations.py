@@ -54,7 +54,8 @@ class ValKL(RelationTerm):
     def forward(self, step: StepContext) -> Tensor:
         """The loss over the pairs of this step."""
         wanted = [(pair, "vv") for pair in self.pairs]
-        return self.relations(step, wanted, masked=self.masked, scales=self._scales)
+        total = self.relations(step, wanted, masked=self.masked, scales=self._scales)
+        return self.reduced(total, len(wanted))
 
     def memory(self, shape: Shape) -> Memory:
         """Naive: scores and log-softmax of both sides per pair; fused: the teacher's v and a gradient."""
