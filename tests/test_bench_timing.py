@@ -1,6 +1,7 @@
 """How the benchmark takes time: turns, replays, what is told of an error, and the bounds that times are held to."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -219,6 +220,16 @@ def test_pads_are_no_work(monkeypatch):
     case = attention("relation_kl", (2, 3, 5, 2), "float16", padding="glue")
     # 3 heads of 5 tokens and 17 pairs.
     assert SPECS["relation_kl"].work(case, False) == (2 * 4 * 15 * 2, 2 * 2 * 51 * 2, 2 * 51)
+
+
+def test_least_work_of_windows_counts_the_pairs_inside(monkeypatch):
+    monkeypatch.setattr(ops_attention, "WINDOW", 1)
+    for op, exps in (("window_relation_kl", 26), ("window_attention_mse", 0)):
+        case, work = attention(op, (1, 1, 5, 2), "float32"), SPECS[op].work
+        # 13 pairs: 2 + 3 + 3 + 3 + 2.
+        assert (work(case, False), work(case, True)) == ((160, 104, exps), (240, 208, exps))
+    monkeypatch.setattr(ops_attention, "glue_lengths", lambda batch, length: [4, 1])
+    assert ops_attention.pairs_of(replace(case, padding="glue", heads=3)) == 3 * (10 + 1)
 
 
 def test_ceilings_are_measured_here():

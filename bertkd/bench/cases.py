@@ -80,13 +80,17 @@ def attention(op: str, shape: tuple[int, int, int, int], dtype: str, **options) 
 
 
 def _cpu() -> list[Case]:
-    main = [(8, 12, 128, 64), (4, 12, 512, 64), (4, 12, 512, 32)]
+    main, long = [(8, 12, 128, 64), (4, 12, 512, 64), (4, 12, 512, 32)], (1, 12, 4096, 64)
     fp32 = "float32"
     cases = [attention("relation_kl", shape, fp32) for shape in main]
     cases.append(attention("relation_kl", main[0], fp32, padding="glue", importance=2))
-    cases.append(attention("relation_kl", (1, 12, 4096, 64), fp32))
+    cases.append(attention("relation_kl", long, fp32))
     for op in ("self_relation_kl", "attention_mse"):
         cases += [attention(op, shape, fp32, importance=2) for shape in main[:2]]
+    cases += [
+        attention("window_relation_kl", shape, fp32, importance=2) for shape in (main[1], long)
+    ]
+    cases.append(attention("window_attention_mse", long, fp32, importance=3))
     cases += [
         Case("hidden_mse", width_s=384, width_t=384, rows=4096, layers=3, importance=2),
         Case("hidden_proj_mse", width_s=384, width_t=768, rows=2048, importance=2),
@@ -128,6 +132,12 @@ def _cuda() -> list[Case]:
     ]
     for op in ("self_relation_kl", "attention_mse"):
         cases += [attention(op, shape, bf16, importance=2) for shape in main]
+    # The first one important enough for FlexAttention, whose show-piece windows are.
+    cases += [
+        attention("window_relation_kl", (8, 12, 2048, 64), bf16),
+        attention("window_relation_kl", (1, 12, 8192, 64), bf16, importance=2),
+        attention("window_attention_mse", (8, 12, 2048, 64), bf16, importance=2),
+    ]
     wide: dict[str, Any] = {"width_s": 768, "width_t": 768, "dtype": bf16}
     cases += [
         Case("linear_kl", rows=4096, classes=30522, importance=1, **wide),

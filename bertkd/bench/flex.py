@@ -45,15 +45,15 @@ def _attention():
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def loss() -> Loss:
-    """inputs -> summed KL."""
+def loss(window: int | None = None) -> Loss:
+    """inputs -> summed KL; with a window over the keys that are at most so many tokens away."""
     from torch.nn.attention.flex_attention import AuxRequest
 
     def run(inputs: Inputs) -> Tensor:
         a_s, b_s, a_t, b_t = inputs.relation
         scale_s, scale_t = a_s.shape[-1] ** -0.5, a_t.shape[-1] ** -0.5
         attend = _attention()
-        block_mask = None if inputs.mask is None else _block_mask(inputs.mask)
+        block_mask = _block_mask(inputs.mask, a_s, window)
         # Contiguous: the kernels are at their best with it, and the rows' products below need it anyway.
         a_s, b_s, a_t, b_t = (x.contiguous() for x in (a_s, b_s, a_t, b_t))
         values = torch.cat([b_t, b_s], -1)
@@ -68,11 +68,18 @@ def loss() -> Loss:
     return run
 
 
-def _block_mask(mask: Tensor):
-    from torch.nn.attention.flex_attention import create_block_mask
+def _block_mask(mask: Tensor | None, like: Tensor, window: int | None):
+    from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
     def real(batch, head, query, key):
         return mask[batch, key]
 
-    batch, length = mask.shape
-    return create_block_mask(real, batch, None, length, length, device=mask.device)
+    def near(batch, head, query, key):
+        return (query - key).abs() <= window
+
+    wanted = [real] * (mask is not None) + [near] * (window is not None)
+    if not wanted:
+        return None
+    batch, _, length, _ = like.shape
+    batches = None if mask is None else batch
+    return create_block_mask(and_masks(*wanted), batches, None, length, length, device=like.device)

@@ -1,7 +1,8 @@
-"""relation_kl, self_relation_kl and attention_mse as the benchmark sees them."""
+"""relation_kl, self_relation_kl and attention_mse, over all tokens and over windows, as the benchmark sees them."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from bertkd import functional
 from bertkd.bench.cases import Case
 from bertkd.bench.lengths import glue_lengths
 from bertkd.bench.spec import Inputs, Spec, Work, item_bytes, make_mask, random_tensor
+
+# Tokens to either side in the blocks of ModernBERT that attend to a window.
+WINDOW = 64
 
 
 def _make(tensors_a_side: int):
@@ -30,10 +34,20 @@ def _make(tensors_a_side: int):
     return make
 
 
-def scores(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled scores (B, H, L, L) in the inputs' dtype, pad keys at a large negative value."""
+def scores(a: Tensor, b: Tensor, mask: Tensor | None, window: int | None = None) -> Tensor:
+    """Scaled scores (B, H, L, L) in the inputs' dtype, a large negative value at pad keys and outside of the window."""
     s = a @ b.transpose(-1, -2) * a.shape[-1] ** -0.5
-    return s if mask is None else s.masked_fill(~mask[:, None, None, :], torch.finfo(s.dtype).min)
+    keys = None if mask is None else mask[:, None, None, :]
+    if window is not None:
+        near = _near(s, window)
+        keys = near if keys is None else keys & near
+    return s if keys is None else s.masked_fill(~keys, torch.finfo(s.dtype).min)
+
+
+def _near(s: Tensor, window: int) -> Tensor:
+    """Which pairs of scores (..., L, L) lie inside of the window."""
+    at = torch.arange(s.shape[-1], device=s.device)
+    return (at[:, None] - at).abs() <= window
 
 
 def kl_of_maps(p_s: Tensor, p_t: Tensor, mask: Tensor | None) -> Tensor:
@@ -43,34 +57,37 @@ def kl_of_maps(p_s: Tensor, p_t: Tensor, mask: Tensor | None) -> Tensor:
     return rows.sum() if mask is None else (rows * mask[:, None, :]).sum()
 
 
-def _maps(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+def _maps(a: Tensor, b: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
     # Softmax in float32 and back to the inputs' dtype is what Hugging Face's eager attention does.
-    return torch.softmax(scores(a, b, mask), -1, dtype=torch.float32).to(a.dtype)
+    return torch.softmax(scores(a, b, mask, window), -1, dtype=torch.float32).to(a.dtype)
 
 
-def _eager_relation_kl(inputs: Inputs) -> Tensor:
+def _eager_relation_kl(window: int | None, inputs: Inputs) -> Tensor:
     a_s, b_s, a_t, b_t = inputs.relation
-    return kl_of_maps(_maps(a_s, b_s, inputs.mask), _maps(a_t, b_t, inputs.mask), inputs.mask)
+    ours, theirs = (_maps(a, b, inputs.mask, window) for a, b in ((a_s, b_s), (a_t, b_t)))
+    return kl_of_maps(ours, theirs, inputs.mask)
 
 
-def _eager_attention_mse(inputs: Inputs) -> Tensor:
+def _eager_attention_mse(window: int | None, inputs: Inputs) -> Tensor:
     a_s, b_s, a_t, b_t = inputs.relation
     # Pad pairs count as nothing; their scores may be anything finite.
     difference = (scores(a_s, b_s, None) - scores(a_t, b_t, None)).float().square()
     if inputs.mask is not None:
         pairs = inputs.mask[:, None, :, None] & inputs.mask[:, None, None, :]
         difference = difference.masked_fill(~pairs, 0.0)
+    if window is not None:
+        difference = difference.masked_fill(~_near(difference, window), 0.0)
     return difference.sum()
 
 
-def _call(op: str):
+def _call(op: str, window: int | None):
     def call(inputs: Inputs, impl: str) -> Tensor:
-        options: dict[str, Any] = {"reduction": "sum", "impl": impl}
+        options: dict[str, Any] = {"reduction": "sum", "impl": impl, "window": window}
         if op == "self_relation_kl":
             return functional.value_relation_kl(
                 inputs.student[0], inputs.teacher[0], inputs.mask, **options
             )
-        loss = functional.relation_kl if op == "relation_kl" else functional.attention_mse
+        loss = functional.attention_mse if "mse" in op else functional.relation_kl
         return loss(*inputs.relation, inputs.mask, **options)
 
     return call
@@ -104,17 +121,24 @@ def _bare(inputs: Inputs) -> object:
 
 
 def pairs_of(case: Case) -> float:
-    """Pairs of a real row and a real key."""
-    if case.padding == "full":
-        return float(case.batch * case.heads * case.length**2)
-    return float(case.heads * sum(n * n for n in glue_lengths(case.batch, case.length)))
+    """Pairs of a real row and a real key, of all heads."""
+    window = WINDOW if case.op.startswith("window_") else case.length
+    pairs = 0
+    for length in _lengths_of(case):
+        reach = min(window, length - 1)
+        pairs += length * (2 * reach + 1) - reach * (reach + 1)
+    return float(case.heads * pairs)
 
 
 def tokens_of(case: Case) -> float:
     """Rows that count, of all heads."""
+    return float(case.heads * sum(_lengths_of(case)))
+
+
+def _lengths_of(case: Case) -> list[int]:
     if case.padding == "full":
-        return float(case.batch * case.heads * case.length)
-    return float(case.heads * sum(glue_lengths(case.batch, case.length)))
+        return [case.length] * case.batch
+    return glue_lengths(case.batch, case.length)
 
 
 def _work(op: str):
@@ -124,7 +148,7 @@ def _work(op: str):
         sides = 1 if op == "self_relation_kl" else 2
         widths = case.width_s * (2 if gradient else 1) + case.width_t
         moved = tokens * widths * sides * item_bytes(case)
-        if op == "attention_mse":
+        if "mse" in op:
             return _work_of_mse(case, gradient, tokens, moved)
         pairs = pairs_of(case)
         # Scores of a tensor with itself are symmetric: half of them suffice, and one product gives the gradient.
@@ -137,20 +161,20 @@ def _work(op: str):
 
 
 def _work_of_mse(case: Case, gradient: bool, tokens: float, moved: float) -> Work:
-    """Two Gram matrices (symmetric: half of each) instead of scores where that is less."""
+    """Two Gram matrices (symmetric: half of each) instead of scores where that is less; they know no window."""
     width = case.width_s + case.width_t
     gram = 2 * tokens * width * width + (4 * tokens * width * case.width_s if gradient else 0)
     tiles = 2 * pairs_of(case) * (width + (2 * case.width_s if gradient else 0))
-    return Work(moved, min(gram, tiles), 0.0)
+    return Work(moved, tiles if case.op.startswith("window_") else min(gram, tiles), 0.0)
 
 
-def _spec(op: str) -> Spec:
-    mse = op == "attention_mse"
+def _spec(op: str, window: int | None = None) -> Spec:
+    eager = _eager_attention_mse if "mse" in op else _eager_relation_kl
     return Spec(
         op=op,
         make=_make(1 if op == "self_relation_kl" else 2),
-        call=_call(op),
-        eager=_eager_attention_mse if mse else _eager_relation_kl,
+        call=_call(op, window),
+        eager=partial(eager, window),
         part=part,
         part_of=part_of,
         work=_work(op),
@@ -159,3 +183,4 @@ def _spec(op: str) -> Spec:
 
 
 SPECS = {op: _spec(op) for op in ("relation_kl", "self_relation_kl", "attention_mse")}
+SPECS |= {op: _spec(op, WINDOW) for op in ("window_relation_kl", "window_attention_mse")}

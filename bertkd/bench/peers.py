@@ -8,7 +8,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bertkd.bench import flex, ops_networks
 from bertkd.bench.cases import Case
-from bertkd.bench.ops_attention import scores
+from bertkd.bench.ops_attention import WINDOW, scores
 from bertkd.bench.spec import Inputs, Loss
 
 LINEARARD = "BERTKD_LINEARARD"
@@ -165,6 +165,7 @@ def _liger_decoders() -> Loss:
 _LOSSES: dict[tuple[str, str], Callable[[], Loss]] = {
     ("flex", "relation_kl"): flex.loss,
     ("flex", "self_relation_kl"): flex.loss,
+    ("flex", "window_relation_kl"): partial(flex.loss, WINDOW),
     ("sdpa", "self_attention"): ops_networks.sdpa,
     ("textbrewer", "relation_kl"): lambda: _textbrewer_attention("att_ce_loss"),
     ("textbrewer", "attention_mse"): lambda: _textbrewer_attention("att_mse_loss"),

@@ -15,7 +15,14 @@ from bertkd.study.files import write_text
 BEGIN = "<!-- measured:begin (written by `python -m bertkd.bench readme`, do not edit) -->"
 END = "<!-- measured:end -->"
 
-OPS = ("relation_kl", "self_relation_kl", "attention_mse", "softmax_kl", "linear_kl")
+OPS = (
+    "relation_kl",
+    "window_relation_kl",
+    "self_relation_kl",
+    "attention_mse",
+    "softmax_kl",
+    "linear_kl",
+)
 ATTENTION = "self_attention"
 SDPA = ("sdpa", "native")  # who attends, in the table of the networks' own attention
 
