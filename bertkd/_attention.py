@@ -62,7 +62,7 @@ def intercept(
         instead_of_sdpa: the implementation that is handed on to where the config names SDPA.
         has_pads: the batch's mask holds zeros, so that making SDPA's mask of it need not look for them.
     """
-    with _lock_of(config):
+    with lock_of(config):
         before, captured = config._attn_implementation, _HERE.captures
         name = before or "eager"
         if name == "sdpa" and instead_of_sdpa is not None:
@@ -77,7 +77,8 @@ def intercept(
             config._attn_implementation = before
 
 
-def _lock_of(config: PretrainedConfig) -> threading.RLock:
+def lock_of(config: PretrainedConfig) -> threading.RLock:
+    """The lock of those who listen to the models that hold ``config``."""
     with _LOCKS_LOCK:
         if id(config) not in _LOCKS:
             weakref.finalize(config, _LOCKS.pop, id(config))

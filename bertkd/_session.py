@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bertkd._attention import LISTENERS, intercept
-from bertkd.encoders import attention_modules, base_model, block_list, last_norm
+from bertkd._attention import LISTENERS, intercept, lock_of
+from bertkd.encoders import attention_modules, base_model, block_list, last_norm, projections
 
 # A module's listeners to the start of its forward, to its input and to its output.
 _STARTS = "_bertkd_start_listeners"
@@ -31,10 +31,12 @@ class Recording:
     """What was captured in one forward; dicts are keyed by block index, ``states`` by state index.
 
     Attributes:
-        q: queries (B, H, L, D) as handed to attention: after rotary embedding, before scaling.
+        q: queries (B, H, L, D) as handed to attention: after rotary embedding, before scaling. Of encoders that add
+            relative positions to the scores (DeBERTa, MPNet) as projected.
         k: keys, likewise. May be views of larger tensors, as ``q`` and ``v`` may.
         v: values, likewise.
-        scale: the softmax scale; the block's map is ``softmax(q @ k.mT * scale + mask)``.
+        scale: the softmax scale; the block's map is ``softmax(q @ k.mT * scale + mask)``, where
+            `bertkd.encoders.EncoderSpec.has_maps`.
         window: how many tokens to either side the block attends to; None where to all.
         states: hidden states (B, L, d). State 0 is the input of block 0, state i + 1 the output of
             block i. The last one is taken after the final norm where there is one (ModernBERT), as
@@ -89,13 +91,12 @@ class Session:
         """
         self._thread = threading.get_ident()
         undo = self._undo
-        base, blocks, attentions = base_model(model), block_list(model), attention_modules(model)
-        configs: dict[int, Any] = {id(module.config): module.config for module in attentions}
-        for config in configs.values():
-            undo.enter_context(intercept(config, self.instead_of_sdpa, self.has_pads))
+        base, blocks = base_model(model), block_list(model)
+        if (own := projections(model)) is None:
+            self._listen_to_interface(attention_modules(model))
+        else:
+            self._listen_to_projections(attention_modules(model), own, base.config)
         _listen(undo, base, _STARTS, self.begin)
-        for module, indices in _places(attentions).items():
-            _listen(undo, module, LISTENERS, _AttentionTap(self, indices))
 
         outputs = _places(blocks, first=1)
         if (norm := last_norm(model)) is not None:
@@ -103,6 +104,23 @@ class Session:
         _listen(undo, blocks[0], _INPUTS, _StateTap(self, (0,)))
         for module, indices in outputs.items():
             _listen(undo, module, _OUTPUTS, _StateTap(self, indices))
+
+    def _listen_to_interface(self, attentions: list[nn.Module]) -> None:
+        configs: dict[int, Any] = {id(module.config): module.config for module in attentions}
+        for config in configs.values():
+            self._undo.enter_context(intercept(config, self.instead_of_sdpa, self.has_pads))
+        for module, indices in _places(attentions).items():
+            _listen(self._undo, module, LISTENERS, _AttentionTap(self, indices))
+
+    def _listen_to_projections(
+        self, attentions: list[nn.Module], names: tuple[str, str, str], config: Any
+    ) -> None:
+        self._undo.enter_context(lock_of(config))
+        for module, indices in _places(attentions).items():
+            tap = _ProjectionsTap(self, indices, config.num_attention_heads)
+            _listen(self._undo, module, _STARTS, tap.begin)
+            for name, listener in zip(names, (tap.note_q, tap.note_k, tap.note_v), strict=True):
+                _listen(self._undo, getattr(module, name), _OUTPUTS, listener)
 
     @torch.compiler.disable
     def detach(self) -> None:
@@ -183,6 +201,39 @@ class _AttentionTap(_Tap):
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict) -> None:
         if (index := self.next_index()) is not None:
             self.session.note_attention(index, query, key, value, kwargs)
+
+
+class _ProjectionsTap(_Tap):
+    """Hears what the three projections of an attention module make of the states.
+
+    That is what each gives first: DeBERTa runs two of them again, on its relative positions.
+    """
+
+    def __init__(self, session: Session, indices: tuple[int, ...], heads: int) -> None:
+        super().__init__(session, indices)
+        self.heads = heads
+        self.index: int | None = None
+        self.found: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        self.index, self.found = self.next_index(), {}
+
+    def note_q(self, output: Tensor) -> None:
+        self._note("q", output)
+
+    def note_k(self, output: Tensor) -> None:
+        self._note("k", output)
+
+    def note_v(self, output: Tensor) -> None:
+        self._note("v", output)
+
+    def _note(self, part: str, output: Tensor) -> None:
+        if self.index is None or part in self.found:
+            return
+        self.found[part] = output.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if len(self.found) == 3:
+            q, k, v = (self.found[name] for name in "qkv")
+            self.session.note_attention(self.index, q, k, v, {})
 
 
 class _StateTap(_Tap):

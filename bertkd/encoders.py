@@ -29,7 +29,9 @@ class EncoderSpec:
         hidden_size: width of the hidden states between blocks.
         vocab_size: rows of the token embedding.
         max_positions: the longest sequence the position embeddings allow; None where nothing
-            limits it (rotary positions).
+            limits it (rotary and relative positions).
+        has_maps: whether a block's attention map is softmax(q k^T scale), and not also of relative positions
+            that are added to the scores.
     """
 
     model_type: str
@@ -39,27 +41,36 @@ class EncoderSpec:
     hidden_size: int
     vocab_size: int
     max_positions: int | None
+    has_maps: bool = True
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where an architecture keeps its blocks (in the base model) and attention (in a block)."""
+    """Where an architecture keeps its blocks (in the base model) and attention (in a block).
+
+    ``projections`` are the layers of an attention module that make its queries, keys and values where it computes
+    attention itself, with relative positions in its scores, and not by transformers' AttentionInterface.
+    """
 
     blocks: str = "encoder.layer"
     attention: str = "attention.self"
     depth: str = "num_hidden_layers"
     rotary: bool = False
+    projections: tuple[str, str, str] | None = None
 
 
 _LAYOUTS = {
     "albert": _Layout(blocks="encoder.albert_layer_groups", attention="attention"),
     "bert": _Layout(),
     "camembert": _Layout(),
+    # Versions 2 and 3.
+    "deberta-v2": _Layout(projections=("query_proj", "key_proj", "value_proj")),
     "distilbert": _Layout(blocks="transformer.layer", attention="attention", depth="n_layers"),
     "electra": _Layout(),
     "ernie": _Layout(),
     "mobilebert": _Layout(),
     "modernbert": _Layout(blocks="layers", attention="attn", rotary=True),
+    "mpnet": _Layout(attention="attention.attn", projections=("q", "k", "v")),
     "nomic_bert": _Layout(blocks="layers", attention="self_attn", rotary=True),
     "roberta": _Layout(),
     "xlm-roberta": _Layout(),
@@ -68,7 +79,7 @@ _LAYOUTS = {
 SUPPORTED: tuple[str, ...] = tuple(_LAYOUTS)
 
 # RoBERTa and its kin number positions from pad_token_id + 1.
-_PADDED_POSITIONS = ("camembert", "roberta", "xlm-roberta")
+_PADDED_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")
 
 
 def describe_config(config: PretrainedConfig) -> EncoderSpec:
@@ -92,6 +103,7 @@ def describe_config(config: PretrainedConfig) -> EncoderSpec:
         hidden_size=hidden,
         vocab_size=config.vocab_size,
         max_positions=None if layout.rotary else _max_positions(config),
+        has_maps=layout.projections is None,
     )
 
 
@@ -204,6 +216,15 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def projections(model: nn.Module) -> tuple[str, str, str] | None:
+    """Return the names of the layers of an attention module that make q, k and v, where it attends by itself.
+
+    None where attention goes through transformers' AttentionInterface, which shows q, k and v.
+    """
+    config: Any = base_model(model).config
+    return _layout(config).projections
+
+
 def last_norm(model: nn.Module) -> nn.Module | None:
     """Return the norm that follows the last block outside of it (ModernBERT), or None."""
     return getattr(base_model(model), "final_norm", None)
@@ -239,9 +260,16 @@ def _layout(config: PretrainedConfig) -> _Layout:
             f"ALBERT with inner_group_num={config.inner_group_num} is not supported; only 1 is "
             "(every published ALBERT has 1)."
         )
+    if getattr(config, "conv_kernel_size", 0) > 0 and name == "deberta-v2":
+        raise UnsupportedEncoderError(
+            f"DeBERTa with a convolution beside its first block (conv_kernel_size={config.conv_kernel_size}), as "
+            "v2-xlarge has, is not supported; v3 and v2 without one are."
+        )
     return _LAYOUTS[name]
 
 
-def _max_positions(config: PretrainedConfig) -> int:
+def _max_positions(config: PretrainedConfig) -> int | None:
+    if not getattr(config, "position_biased_input", True):
+        return None  # DeBERTa's third version has relative positions alone
     offset = config.pad_token_id + 1 if config.model_type in _PADDED_POSITIONS else 0
     return config.max_position_embeddings - offset

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny_models import MODEL_TYPES, tiny_batch, tiny_model
+from tiny_models import ALL_TYPES, tiny_batch, tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -46,7 +46,7 @@ class Failure(Exception):
     pass
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_the_model_is_left_as_it_was(model_type):
     model = tiny_model(model_type, layers=3, head_cls="sequence")
     batch = tiny_batch(model)
@@ -215,7 +215,7 @@ def test_what_does_not_come_by_is_reported():
         Capture(model, blocks=[0, 1])(**tiny_batch(model))
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_stopping_early_runs_no_block_too_many(model_type):
     model = tiny_model(model_type, layers=4, head_cls="sequence")
     batch = tiny_batch(model)

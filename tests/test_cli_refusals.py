@@ -162,17 +162,19 @@ def test_a_student_with_another_tokenizer_is_refused_and_one_without_is_not(
 def test_a_model_that_cannot_teach_is_fine_tuned_with_a_warning(place, tmp_path, caplog, capsys):
     words = ["--task", place["task"], "--steps", "1", *FAST]
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    config = AutoConfig.for_model("mpnet", **sizes, intermediate_size=16, vocab_size=200)
-    AutoModel.from_config(config).save_pretrained(tmp_path / "mpnet")
-    tiny_tokenizer().save_pretrained(tmp_path / "mpnet")
-    for model, warned in ((str(tmp_path / "mpnet"), True), (place["teacher"], False)):
+    config = AutoConfig.for_model("roformer", **sizes, intermediate_size=16, vocab_size=200)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "roformer")
+    tiny_tokenizer().save_pretrained(tmp_path / "roformer")
+    for model, warned in ((str(tmp_path / "roformer"), True), (place["teacher"], False)):
         caplog.clear()
         given = ["--model", model, "--output_dir", str(tmp_path / f"out-{warned}"), "--dry_run"]
         assert main(["finetune", *given, *words]) == 0
-        assert ("can be fine-tuned, but not distilled: model type 'mpnet'" in caplog.text) == warned
-    given = ["--teacher", str(tmp_path / "mpnet"), "--output_dir", str(tmp_path / "student")]
+        assert (
+            "can be fine-tuned, but not distilled: model type 'roformer'" in caplog.text
+        ) == warned
+    given = ["--teacher", str(tmp_path / "roformer"), "--output_dir", str(tmp_path / "student")]
     assert main(["distill", *given, *words]) == 2
-    assert "model type 'mpnet' is not supported" in capsys.readouterr().err
+    assert "model type 'roformer' is not supported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["finetune", "distill"])

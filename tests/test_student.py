@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from model_outputs import outputs
-from tiny_models import MODEL_TYPES, tiny_batch, tiny_model
+from tiny_models import ALL_TYPES, tiny_batch, tiny_model
 from torch import Tensor, nn
 
 from bertkd import encoders
@@ -17,7 +17,7 @@ from bertkd.errors import UnsupportedEncoderError
 from bertkd.narrow import SLICEABLE
 from bertkd.student import create_student, teacher_layers
 
-UNSHARED = [name for name in MODEL_TYPES if name != "albert"]
+UNSHARED = [name for name in ALL_TYPES if name != "albert"]
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("head_cls", [None, "sequence", "mlm"])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_full_copy_is_bit_identical(model_type: str, head_cls: str | None) -> None:
     teacher = tiny_model(model_type, layers=3, head_cls=head_cls)
     before = snapshot(teacher)
@@ -152,7 +152,7 @@ def test_nothing_is_shared_and_gradients_flow(model_type: str) -> None:
     assert teacher.config.num_hidden_layers == 2
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_decoder_stays_tied(model_type: str) -> None:
     teacher = tiny_model(model_type, head_cls="mlm")
     for copy_head in (False, True):
@@ -216,7 +216,7 @@ def test_number_of_labels() -> None:
         create_student(teacher.bert, "first:1", num_labels=2)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ALL_TYPES)
 def test_save_and_load(model_type: str, tmp_path) -> None:
     teacher = tiny_model(model_type, layers=4, head_cls="sequence")
     narrow = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 24}

@@ -27,6 +27,9 @@ MODEL_TYPES = [
     "roberta",
     "xlm-roberta",
 ]
+# Encoders that compute attention themselves, with relative positions in their scores.
+OWN_ATTENTION = ["deberta-v2", "mpnet"]
+ALL_TYPES = sorted([*MODEL_TYPES, *OWN_ATTENTION])
 VOCAB_SIZE = 200  # as many as tiny_tokenizer has
 _CLASSES = {
     None: AutoModel,
@@ -69,6 +72,16 @@ def tiny_model(
         # The defaults lie outside the tiny vocabulary.
         sizes |= {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}
         sizes |= {"bos_token_id": 1, "eos_token_id": 2}
+    if model_type == "deberta-v2":
+        # As the third version is configured.
+        sizes |= {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+        sizes |= {
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+        }
+    if model_type in OWN_ATTENTION:
+        attn_implementation = "eager"
     config = AutoConfig.for_model(model_type, num_labels=num_labels, **(sizes | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -22,9 +22,11 @@ class AttentionTerm(MappedTerm):
     """What terms over pairs of blocks share: heads, relation heads, masks and memory.
 
     ``PARTS`` says which of q, k and v a term reads: the teacher's others are not kept until the loss;
-    ``RESPLITS`` whether it takes ``relation_heads``.
+    ``RESPLITS`` whether it takes ``relation_heads``; ``OF_MAPS`` whether it compares attention maps or scores,
+    which q and k do not make up in every encoder.
     """
 
+    OF_MAPS: ClassVar[bool] = True
     PARTS: ClassVar[str] = "qkv"
     RESPLITS: ClassVar[bool] = True
 
@@ -39,6 +41,8 @@ class AttentionTerm(MappedTerm):
     ) -> None:
         super().__init__(setup, **layers)
         self.sides = (setup.student, setup.teacher)
+        if self.OF_MAPS:
+            check_maps(self.kind, *self.sides)
         self.relation_heads = check_heads(*self.sides, relation_heads, self.kind, self.RESPLITS)
         self.count_pads = flag("count_pads", count_pads)
         self.impl = chosen_impl(impl, setup.impl)
@@ -143,6 +147,20 @@ class AttentionTerm(MappedTerm):
         return shape.batch * shape.length * (ours + theirs)
 
 
+def check_maps(term: str, student: Side, teacher: Side) -> None:
+    """Refuse an encoder whose attention maps are not made of its queries and keys alone.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, side in (("student", student), ("teacher", teacher)):
+        if not side.spec.has_maps:
+            raise ValueError(
+                f"{term} compares attention maps, but the {name} ({side.spec.model_type}) adds relative positions to "
+                "the products of its queries and keys; use val_kl or qkv_kl, or terms on states and logits"
+            )
+
+
 def check_heads(
     student: Side, teacher: Side, relation_heads: int | str | None, term: str, resplits: bool
 ) -> int | None:
@@ -187,6 +205,7 @@ def default_relation_heads(student: Side, teacher: Side) -> int:
 class RelationTerm(AttentionTerm):
     """A KL of relations softmax(x y^T * scale) over pairs of blocks; subclasses pick x and y."""
 
+    OF_MAPS: ClassVar[bool] = False
     op = "relation_kl"
 
     def __init__(

@@ -82,6 +82,7 @@ class AttKL(RelationTerm):
     """
 
     kind: ClassVar[str] = "att_kl"
+    OF_MAPS: ClassVar[bool] = True
     PARTS: ClassVar[str] = "qk"
     RELEASED: ClassVar[Mapping[str, Any]] = {
         "map": "uniform",
