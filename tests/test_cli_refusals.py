@@ -72,6 +72,8 @@ def test_options_that_leave_no_use_for_another_are_refused_together(tmp_path, ca
         text = capsys.readouterr().err
         assert f"{name[2:]}=" in text
         assert "student='mine' leaves no use for it" in text
+    assert main(["distill", *given, "--student", "uniform:2"]) == 2
+    assert "write --layers uniform:2" in capsys.readouterr().err
     for name in (*columns, "glue_dir"):
         assert main(["distill", *given, "--text", "a.txt", f"--{name}", "x"]) == 2
         assert f"{name}='x' is for labelled tasks, and text='a.txt'" in capsys.readouterr().err

@@ -154,10 +154,17 @@ def _show_plan(
 
 def _check_together(config: Config) -> None:
     """Refuse an option that another one leaves without a use."""
+    from bertkd.student import STRATEGIES
+
     if config.text is None and config.masked:
         raise ValueError("masked is for --text, a task has labels of its own.")
     if config.text is not None and config.task is not None:
         raise ValueError(f"give task={config.task!r} or text={config.text!r}, not both.")
+    if config.student is not None and config.student.partition(":")[0] in STRATEGIES:
+        raise ValueError(
+            f"student={config.student!r} says which of the teacher's blocks to take, not a model to start from; "
+            f"write --layers {config.student}"
+        )
     making = {name: getattr(config, name) for name in ("layers", "hidden_size", "copy_head")}
     columns = {f.name: getattr(config, f.name) for f in fields(TaskOptions)}
     for other, options, use in (
