@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bertkd import functional
 from bertkd.errors import unknown_name, whole_number
-from bertkd.ops.checks import check_clamps, check_number, check_options
+from bertkd.ops.checks import check_clamps, check_number, check_options, check_window
 from bertkd.ops.dispatch import requested
 
 # Losses that hand their options on.
@@ -36,6 +36,8 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
     check_clamps(name, options.get("min_prob"), options.get("min_score"))
     if options.get("relation_heads") is not None:
         whole_number(f"{name}: relation_heads", options["relation_heads"], least=1)
+    if options.get("window") is not None:
+        check_window(name, options["window"])
     if "impl" in options:
         eager_only = (x for x in ("min_prob", "min_score") if options.get(x) is not None)
         requested(options["impl"], next(eager_only, None))

@@ -51,6 +51,11 @@ from bertkd import modules
             "relation_heads must be a whol",
         ),
         (
+            lambda: modules.AttentionMSE(window=-1),
+            ValueError,
+            "AttentionMSE: window .tokens to either side. must be at least 0",
+        ),
+        (
             lambda: modules.RelationKL(relation_heads=0),
             ValueError,
             "relation_heads must be at leas",
@@ -79,4 +84,4 @@ def test_what_works_is_taken():
     modules.HiddenMSE(np.int64(8), 12, reduction="none")
     assert modules.HiddenCombineMSE((3, 3), range(4, 6)).projection.weight.shape == (6, 9)
     modules.AttentionKL(temperature=2, scale_s=None, relation_heads=None, min_prob=1e-7)
-    modules.AttentionMSE(min_score=-1e2, impl="eager", relation_heads=np.int64(2))
+    modules.AttentionMSE(min_score=-1e2, impl="eager", relation_heads=np.int64(2), window=64)

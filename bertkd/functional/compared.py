@@ -8,8 +8,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from bertkd.errors import whole_number
-from bertkd.ops.checks import check_attention, check_number, check_tensors, regroup_heads
+from bertkd.ops.checks import (
+    check_attention,
+    check_number,
+    check_tensors,
+    check_window,
+    regroup_heads,
+)
 from bertkd.ops.rows import as_mask, row_weights
 from bertkd.reference import compute_dtype
 
@@ -76,7 +81,7 @@ def compare(
     batch, heads, length, _ = a_s.shape
     mask = as_mask(op, mask, a_s, (batch, length))
     if window is not None:
-        window = whole_number(f"{op}: window (tokens to either side)", window, least=0)
+        window = check_window(op, window)
         # A window that holds every sequence takes nothing away.
         window = window if window < length - 1 else None
     scale_s, scale_t = (

@@ -129,6 +129,11 @@ def check_clamps(op: str, min_prob: float | None = None, min_score: float | None
         raise ValueError(f"{op}: min_prob must lie between 0 and 1, got {min_prob}.")
 
 
+def check_window(op: str, window: int) -> int:
+    """Refuse what is no number of tokens to either side."""
+    return whole_number(f"{op}: window (tokens to either side)", window, least=0)
+
+
 def check_attention(op: str, names: Sequence[str], block: Sequence[Tensor]) -> None:
     """Refuse (a, b) pairs that disagree in shape, or student and teacher that cannot be compared.
 
