@@ -36,6 +36,7 @@ def step_cases_for(device: str) -> list[Case]:
             step_case(name, 32, 128),
             step_case(name, 8, 512),
             step_case(name, 32, 128, padding="glue", importance=2),
+            step_case("modernbert_small_to_3", 2, 2048, importance=2),
             step_case("minilm_l6_to_3_dropout", 8, 512, importance=2),
             step_case("minilm_l6_to_3_compiled", 32, 128, importance=3),
             *(step_case(name, 8, 256, layers=count, **sweep) for count in (1, 2, 3)),

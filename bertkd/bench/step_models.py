@@ -54,6 +54,12 @@ _ROBERTA = {
     "type_vocab_size": 1,
     "layer_norm_eps": 1e-5,
 }
+_MODERN_SMALL = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "intermediate_size": 576,
+}
 _TINY = {
     "vocab_size": 100,
     "hidden_size": 16,
@@ -88,6 +94,15 @@ PAIRS: dict[str, Pair] = {
         "uniform:11",
         "att_kl",
         [(i, 2 * i + 1) for i in range(11)],
+    ),
+    # As narrow as MiniLM, for CPUs; two of the student's blocks attend to a window.
+    "modernbert_small_to_3": Pair(
+        "ModernBertConfig",
+        "ModernBertModel",
+        "uniform:3",
+        "att_kl",
+        [(0, 1), (1, 3), (2, 5)],
+        _MODERN_SMALL,
     ),
     "tiny": Pair("BertConfig", "BertModel", "first:1", "att_kl", [(0, 1)], _TINY),
     "tiny_qkv": Pair("BertConfig", "BertModel", "first:1", QKV, [(0, 1)], _TINY, 4),
