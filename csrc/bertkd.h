@@ -46,11 +46,12 @@ struct RowWeights {
 // Arguments of relation_kl and attention_mse: (a, b) are (queries, keys) of student and teacher.
 // Without `weights` the loss of every row goes to `rows`, contiguous (B, H, L); with them the
 // weighted sum goes to `loss` and the gradients of a_s and b_s to grad_a and grad_b, pads included
-// (they are 0 there).
+// (they are 0 there). A row without any key to compare has the loss and the gradient 0.
 struct Attention {
   int64_t batch, heads, length;
   Heads a_s, b_s, a_t, b_t;
   Mask mask;
+  int64_t window = -1;  // row i compares the keys from i - window to i + window; -1: all of them
   float scale_s, scale_t;
   float* rows;
   RowWeights weights;
@@ -59,14 +60,15 @@ struct Attention {
   int threads;
 };
 
-// Row i: KL(softmax(scale_t a_t_i . b_t) || softmax(scale_s a_s_i . b_s)) over the real keys.
+// Row i: KL(softmax(scale_t a_t_i . b_t) || softmax(scale_s a_s_i . b_s)) over the real keys of its
+// window.
 void relation_kl(const Attention& args);
 
 // The same with a = b: b_s, b_t and grad_b are ignored, grad_a gets the gradient through both
 // roles.
 void self_relation_kl(const Attention& args);
 
-// Row i: sum over the real keys of (scale_s a_s_i . b_s - scale_t a_t_i . b_t)^2.
+// Row i: sum over the real keys of its window of (scale_s a_s_i . b_s - scale_t a_t_i . b_t)^2.
 void attention_mse(const Attention& args);
 
 // softmax(scale q k^T) v over the real keys, (B, H, L, width) all of them, with dropout of the map:

@@ -62,11 +62,11 @@ bertkd::Mask key_mask(const std::optional<MaskTuple>& mask) {
 bertkd::Attention attention(const Shape& shape, const HeadsTuple& a_s, const HeadsTuple& b_s,
                             const HeadsTuple& a_t, const HeadsTuple& b_t,
                             const std::optional<MaskTuple>& mask, float scale_s, float scale_t,
-                            int threads) {
+                            int threads, int64_t window) {
   bertkd::Attention args = {};
   args.batch = shape[0], args.heads = shape[1], args.length = shape[2];
   args.a_s = heads(a_s), args.b_s = heads(b_s), args.a_t = heads(a_t), args.b_t = heads(b_t);
-  args.mask = key_mask(mask);
+  args.mask = key_mask(mask), args.window = window;
   args.scale_s = scale_s, args.scale_t = scale_t, args.threads = threads;
   return args;
 }
@@ -79,22 +79,23 @@ void bind_attention(py::module_& module, const std::string& name, AttentionOp ru
       (name + "_rows").c_str(),
       [run](const Shape& shape, const HeadsTuple& a_s, const HeadsTuple& b_s, const HeadsTuple& a_t,
             const HeadsTuple& b_t, const std::optional<MaskTuple>& mask, float scale_s,
-            float scale_t, int64_t rows, int threads) {
-        auto args = attention(shape, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, threads);
+            float scale_t, int64_t rows, int threads, int64_t window) {
+        auto args = attention(shape, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, threads, window);
         args.rows = pointer<float>(rows);
         py::gil_scoped_release unlocked;
         run(args);
       },
       py::arg("shape"), py::arg("a_s"), py::arg("b_s"), py::arg("a_t"), py::arg("b_t"),
       py::arg("mask"), py::arg("scale_s"), py::arg("scale_t"), py::arg("rows"), py::arg("threads"),
+      py::arg("window") = -1,
       "Losses of all rows, to fp32 (B, H, L) at the address `rows`.");
   module.def(
       (name + "_fwd_bwd").c_str(),
       [run](const Shape& shape, const WeightsTuple& row_weight, const HeadsTuple& a_s,
             const HeadsTuple& b_s, const HeadsTuple& a_t, const HeadsTuple& b_t,
             const std::optional<MaskTuple>& mask, float scale_s, float scale_t, int64_t loss,
-            const HeadsTuple& grad_a, const HeadsTuple& grad_b, int threads) {
-        auto args = attention(shape, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, threads);
+            const HeadsTuple& grad_a, const HeadsTuple& grad_b, int threads, int64_t window) {
+        auto args = attention(shape, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, threads, window);
         const auto& [address, strides] = row_weight;
         if (address == 0) throw std::invalid_argument("row_weight is null.");
         args.weights = {pointer<const float>(address), strides[0], strides[1], strides[2]};
@@ -105,7 +106,7 @@ void bind_attention(py::module_& module, const std::string& name, AttentionOp ru
       },
       py::arg("shape"), py::arg("row_weight"), py::arg("a_s"), py::arg("b_s"), py::arg("a_t"),
       py::arg("b_t"), py::arg("mask"), py::arg("scale_s"), py::arg("scale_t"), py::arg("loss"),
-      py::arg("grad_a"), py::arg("grad_b"), py::arg("threads"),
+      py::arg("grad_a"), py::arg("grad_b"), py::arg("threads"), py::arg("window") = -1,
       "Weighted sum of the rows, to fp32 at the address `loss`, and the gradients of a_s and b_s.");
 }
 

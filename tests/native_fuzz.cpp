@@ -193,6 +193,7 @@ void attention(Source& from) {
   Memory memory;
   bertkd::Attention args = {};
   sizes_of(from, args);
+  args.window = from.byte() % 2 ? -1 : from.number(40);
   args.scale_s = from.real(), args.scale_t = from.real();
   const int64_t width_s = 1 + from.byte() % 40, width_t = 1 + from.byte() % 40;
   const DType dtype_s = from.dtype(), dtype_t = from.dtype();
@@ -219,7 +220,8 @@ void attention(Source& from) {
       from.byte() % 2 ? bertkd::Relation::kPair : bertkd::Relation::kSelf;
   const bool mse = relation == bertkd::Relation::kPair && from.byte() % 2;
   const bool pair = relation == bertkd::Relation::kPair, backward = args.weights.data != nullptr;
-  bool is_wrong = !std::isfinite(args.scale_s) || !std::isfinite(args.scale_t);
+  bool is_wrong =
+      !std::isfinite(args.scale_s) || !std::isfinite(args.scale_t) || args.window < -1;
   if (rows.size() > 1) {
     is_wrong |= wrong(args, args.a_s, nullptr) || wrong(args, args.a_t, nullptr);
     is_wrong |= pair && (wrong(args, args.b_s, nullptr) || wrong(args, args.b_t, nullptr));

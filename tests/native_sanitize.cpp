@@ -92,6 +92,9 @@ struct Case {
   int mask;  // 0 none, 1 right-padded, 2 holes, 3 nothing real
   DType dtype_s, dtype_t;
   int threads;
+  int64_t window = -1;
+
+  bool sees(int64_t i, int64_t j) const { return window < 0 || std::llabs(i - j) <= window; }
 };
 
 std::vector<uint8_t> make_mask(const Case& c) {
@@ -130,7 +133,7 @@ void run_attention(const Case& c, const char* op) {
   args.batch = c.b, args.heads = c.h, args.length = c.l, args.threads = c.threads;
   args.a_s = a_s.heads(), args.b_s = b_s.heads(), args.a_t = a_t.heads(), args.b_t = b_t.heads();
   if (c.mask) args.mask = {mask.data(), c.l, 1};
-  args.scale_s = 0.3f, args.scale_t = 0.2f;
+  args.window = c.window, args.scale_s = 0.3f, args.scale_t = 0.2f;
   auto run = mse ? bertkd::attention_mse : self ? bertkd::self_relation_kl : bertkd::relation_kl;
   args.rows = rows.data();
   run(args);
@@ -146,19 +149,22 @@ void run_attention(const Case& c, const char* op) {
       for (int64_t i = 0; i < c.l; ++i) {
         std::vector<double> s(n), t(n), slope(n);
         double high_s = -1e300, high_t = -1e300, sum_s = 0, sum_t = 0, row = 0;
+        const auto compares = [&](int64_t j) {
+          return mask[static_cast<size_t>(b * c.l + j)] && c.sees(i, j);
+        };
         for (int64_t j = 0; j < c.l; ++j) {
-          if (!mask[static_cast<size_t>(b * c.l + j)]) continue;
+          if (!compares(j)) continue;
           const auto at = static_cast<size_t>(j);
           s[at] = 0.3 * dot(a_s, b_s, b, h, i, j), t[at] = 0.2 * dot(a_t, b_t, b, h, i, j);
           high_s = std::fmax(high_s, s[at]), high_t = std::fmax(high_t, t[at]);
         }
         for (int64_t j = 0; j < c.l; ++j)
-          if (mask[static_cast<size_t>(b * c.l + j)]) {
+          if (compares(j)) {
             sum_s += std::exp(s[static_cast<size_t>(j)] - high_s);
             sum_t += std::exp(t[static_cast<size_t>(j)] - high_t);
           }
         for (int64_t j = 0; j < c.l; ++j) {
-          if (!mask[static_cast<size_t>(b * c.l + j)]) continue;
+          if (!compares(j)) continue;
           const auto at = static_cast<size_t>(j);
           const double log_s = s[at] - high_s - std::log(sum_s);
           const double log_t = t[at] - high_t - std::log(sum_t);
@@ -322,6 +328,11 @@ void run_all() {
     // several slices.
     run_attention({1, 1, 300, 8, 8, 2, f32, f32, 2}, op);
     run_attention({1, 1, 700, 3, 4, 0, f32, bf16, 2}, op);
+    for (int64_t window : {0, 3, 16, 60, 1000})
+      for (int mask = 0; mask < 4; ++mask, ++turn)
+        run_attention({1 + turn % 2, 1, 40 + 50 * (turn % 3), 8, 8 + turn % 2, mask, f32, bf16,
+                       1 + turn % 2, window},
+                      op);
   }
   for (int64_t l : lengths)
     for (const auto& w : widths)

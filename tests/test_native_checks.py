@@ -93,6 +93,7 @@ def spoil(draw, args, kinds):
             "scale": bad_scale,
             "probability": bad_probability,
             "seed": st.integers(1 << 64, 1 << 80),
+            "window": st.one_of(st.integers(-(1 << 62), -2), st.integers(TOO_MANY, 1 << 62)),
             "threads": bad_threads,
         }
         bad = draw(simple[kind])
@@ -104,9 +105,9 @@ def attention_arguments():
     mask, weight, loss = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 2, 5), torch.empty(())
     keep = (*tensors, mask, weight, loss)
     args = [(2, 2, 5), (weight.data_ptr(), weight.stride()), *map(heads, tensors[:4]),
-            (mask.data_ptr(), mask.stride()), 0.5, 0.5, loss.data_ptr(), *map(heads, tensors[4:]), 1]  # fmt: skip
+            (mask.data_ptr(), mask.stride()), 0.5, 0.5, loss.data_ptr(), *map(heads, tensors[4:]), 1, 2]  # fmt: skip
     kinds = ["shape", "weight", *["tensor"] * 4, "mask", "scale", "scale", "address",
-             *["tensor"] * 2, "threads"]  # fmt: skip
+             *["tensor"] * 2, "threads", "window"]  # fmt: skip
     return keep, args, kinds
 
 
@@ -180,6 +181,7 @@ def test_spoiled_arguments_are_refused_and_never_crash(data):
         (0, (2, 2, 1 << 31), "relation_kl: length must lie between 0 and 2147483647"),
         (12, 0, "relation_kl: threads must lie between 1 and 4096, got 0"),
         (7, math.nan, "relation_kl: scale_s must be finite"),
+        (13, -2, "relation_kl: window must lie between -1 and 2147483647, got -2"),
     ],
 )
 def test_a_refusal_names_the_argument(place, value, message):

@@ -129,6 +129,7 @@ void check_rows(Where where, const Rows& x, int64_t rows, bool written) {
 
 void check_attention(const char* op, const Attention& args, Relation relation) {
   const bool any = check_shape(op, args);
+  check_size({op, "window"}, args.window, -1);
   check_finite({op, "scale_s"}, args.scale_s);
   check_finite({op, "scale_t"}, args.scale_t);
   if (args.weights.data) {

@@ -2,7 +2,8 @@
 // fp32.
 //
 // Pads and rows without weight are left out when a head is packed, wherever they stand: the inner
-// loops see only real keys and rows that count, without any mask.
+// loops see only real keys and rows that count, without any mask. Packed keys are in the order of
+// their positions, so those that lie within a window around a row are neighbours.
 #pragma once
 
 #include "convert.h"
@@ -86,11 +87,24 @@ inline float weight_of(const Attention& args, int64_t b, int64_t h, int64_t i) {
   return w.data ? w.data[b * w.stride_b + h * w.stride_h + i * w.stride_l] : 1.f;
 }
 
-// Positions of the rows of (b, h) with a weight other than 0.
-inline int64_t list_rows(const Attention& args, int64_t b, int64_t h, int32_t* rows) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < args.length; ++i)
-    if (weight_of(args, b, h, i) != 0.f) rows[count++] = static_cast<int32_t>(i);
+// Some neighbours among the packed keys of a head.
+struct KeyRange {
+  int32_t first, last;  // last is the first behind them
+};
+
+// Positions of the rows of (b, h) with a weight other than 0 and a key to compare, and which of the
+// n packed keys each of them compares.
+inline int64_t list_rows(const Attention& args, int64_t b, int64_t h, const int32_t* keys,
+                         int64_t n, int32_t* rows, KeyRange* ranges) {
+  const int64_t window = args.window < 0 ? args.length : args.window;
+  int64_t count = 0, first = 0, last = 0;
+  for (int64_t i = 0; i < args.length; ++i) {
+    while (first < n && keys[first] < i - window) ++first;
+    while (last < n && keys[last] <= i + window) ++last;
+    if (first == last || weight_of(args, b, h, i) == 0.f) continue;
+    ranges[count] = {static_cast<int32_t>(first), static_cast<int32_t>(last)};
+    rows[count++] = static_cast<int32_t>(i);
+  }
   return count;
 }
 

@@ -20,6 +20,13 @@ inline int worth_threads(int threads, double operations) {
   return operations < 1 << 20 ? 1 : threads;
 }
 
+// How many scores a head has.
+inline double pairs_of_head(const Attention& args) {
+  const double length = static_cast<double>(args.length);
+  const double band = 2. * static_cast<double>(args.window) + 1.;
+  return length * (args.window < 0 || band > length ? length : band);
+}
+
 // The next odd number of cache lines: walking down a column must not fall on few cache sets.
 inline int64_t odd_lines(int64_t floats) {
   const int64_t lines = (floats + 15) / 16;
@@ -35,6 +42,72 @@ inline int64_t block_rows(int64_t length, int64_t ld_score) {
   return round_up((length + blocks - 1) / blocks, kTileRows);
 }
 
+inline void fill_zero(float* to, int64_t count) {
+  __builtin_memset(to, 0, static_cast<std::size_t>(count) * sizeof(float));
+}
+
+// How the rows of a head are cut into blocks: up to `rows` of them, less than `reach` positions
+// apart, whose scores lie `ld_score` floats apart.
+struct Cut {
+  int64_t rows, reach, ld_score;
+  int64_t blocks;  // of a head whose rows all count
+
+  Cut(int64_t length, int64_t window) {
+    const int64_t keys = round_up(length, kPanel);
+    if (window < 0) {
+      ld_score = odd_lines(keys + kTileRows);
+      rows = block_rows(length, ld_score);
+      reach = length;
+    } else {
+      // The higher a block, the more of its scores lie outside of its rows' windows.
+      reach = rows = 2 * kTileRows;
+      const int64_t band = round_up(rows + 2 * window + kPanel, kPanel);
+      ld_score = odd_lines((band < keys ? band : keys) + kTileRows);
+    }
+    blocks = (length + rows - 1) / rows;
+  }
+};
+
+// A block of the rows of a head that has n real keys.
+struct Block {
+  int64_t b, h, n;
+  const int32_t* rows;     // where its rows stand
+  const KeyRange* ranges;  // what each of them compares
+  int64_t m, tall;         // how many they are, and padded
+
+  // The packed keys that any of them compares, and the first one of the panels that hold these.
+  KeyRange keys() const { return {ranges[0].first, ranges[m - 1].last}; }
+  int64_t begin() const { return ranges[0].first / kPanel * kPanel; }
+  int64_t panels() const { return (round_up(ranges[m - 1].last, kPanel) - begin()) / kPanel; }
+
+  // The keys of row r, counted from begin().
+  KeyRange of_row(int64_t r) const {
+    const auto begin_of_all = static_cast<int32_t>(begin());
+    return {ranges[r].first - begin_of_all, ranges[r].last - begin_of_all};
+  }
+};
+
+// Cuts listed rows of a head into blocks.
+template <class Visit>
+inline void visit_blocks(const Cut& cut, int64_t b, int64_t h, int64_t n, const int32_t* rows,
+                         const KeyRange* ranges, int64_t count, const Visit& visit) {
+  for (int64_t r = 0, m; r < count; r += m) {
+    m = count - r < cut.rows ? count - r : cut.rows;
+    while (rows[r + m - 1] - rows[r] >= cut.reach) --m;
+    visit(Block{b, h, n, rows + r, ranges + r, m, round_up(m, kTileRows)});
+  }
+}
+
+// Sets the scores of row r of a block that are not its own to 0, for the products that turn the
+// block's into gradients. A row of all keys has none: what it has beyond them reaches no gradient.
+inline void clear_outside(const Block& at, int64_t r, float* scores) {
+  const KeyRange own = at.of_row(r);
+  if (own.last - own.first == at.n) return;
+  fill_zero(scores, own.first);
+  // add_transposed reads up to a tile more than there are keys.
+  fill_zero(scores + own.last, at.panels() * kPanel + kTileRows - own.last);
+}
+
 // Into how many parts the rows of a head are cut, so that every thread has some.
 inline int64_t head_parts(const Attention& args, int threads, int64_t blocks) {
   const int64_t heads = args.batch * args.heads, pieces = threads == 1 ? 1 : 2 * threads;
@@ -48,10 +121,6 @@ inline int64_t head_step(const Attention& args, int threads, int64_t parts) {
   return parts > 1 ? args.batch * args.heads : threads;
 }
 
-inline void fill_zero(float* to, int64_t count) {
-  __builtin_memset(to, 0, static_cast<std::size_t>(count) * sizeof(float));
-}
-
 inline void add_scaled(const float* from, float factor, int64_t count, float* to) {
   for (int64_t d = 0; d < count; d += kLanes)
     store(to + d, fma(load(from + d), splat(factor), load(to + d)));
@@ -61,11 +130,15 @@ inline void zero_row(const Heads& to, int64_t b, int64_t h, int64_t i) {
   __builtin_memset(row_to(to, b, h, i), 0, static_cast<std::size_t>(to.width * bytes_of(to.dtype)));
 }
 
-// Rows that no block visits: without weight, or (`all`) without any key.
-inline void zero_skipped_rows(const Attention& args, int64_t b, int64_t h, bool all,
-                              bool gradient_is_summed) {
+// Rows that no block visits: all but the `count` that are listed.
+inline void zero_skipped_rows(const Attention& args, int64_t b, int64_t h, const int32_t* rows,
+                              int64_t count, bool gradient_is_summed) {
+  int64_t next = 0;
   for (int64_t i = 0; i < args.length; ++i) {
-    if (!all && weight_of(args, b, h, i) != 0.f) continue;
+    if (next < count && rows[next] == i) {
+      ++next;
+      continue;
+    }
     if (!args.weights.data)
       args.rows[(b * args.heads + h) * args.length + i] = 0.f;
     else if (!gradient_is_summed)

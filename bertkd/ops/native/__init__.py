@@ -13,6 +13,10 @@ from bertkd.ops.native.attention import (
     relation_kl_rows,
     self_relation_kl_fwd_bwd,
     self_relation_kl_rows,
+    window_attention_mse_fwd_bwd,
+    window_attention_mse_rows,
+    window_relation_kl_fwd_bwd,
+    window_relation_kl_rows,
 )
 from bertkd.ops.native.library import isa, unavailable
 from bertkd.ops.native.linear_kl import linear_kl_fwd_bwd, linear_kl_rows
@@ -28,6 +32,8 @@ _OPS = (
     "relation_kl",
     "self_relation_kl",
     "attention_mse",
+    "window_relation_kl",
+    "window_attention_mse",
     "hidden_mse",
     "softmax_kl",
     "linear_kl",
@@ -63,4 +69,8 @@ __all__ = [
     "softmax_kl_fwd_bwd",
     "softmax_kl_rows",
     "unavailable",
+    "window_attention_mse_fwd_bwd",
+    "window_attention_mse_rows",
+    "window_relation_kl_fwd_bwd",
+    "window_relation_kl_rows",
 ]

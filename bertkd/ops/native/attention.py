@@ -1,4 +1,4 @@
-"""Launchers of relation_kl, self_relation_kl and attention_mse: allocate, pass addresses, no arithmetic."""
+"""Launchers of relations, attention_mse and both over windows: allocate, pass addresses, no arithmetic."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import Tensor
 from bertkd.ops.native.library import empty_rows, kernels
 from bertkd.ops.tensors import heads, key_mask, unit_stride
 
+_NO_WINDOW = -1
 
-def _rows(op, a_s, b_s, a_t, b_t, mask, scale_s, scale_t) -> Tensor:
+
+def _rows(op, a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window=_NO_WINDOW) -> Tensor:
     tensors = [unit_stride(x) for x in (a_s, b_s, a_t, b_t)]
     mask = None if mask is None else mask.bool()
     out = torch.empty(a_s.shape[:-1], dtype=torch.float32)
@@ -23,12 +25,13 @@ def _rows(op, a_s, b_s, a_t, b_t, mask, scale_s, scale_t) -> Tensor:
         scale_t,
         out.data_ptr(),
         torch.get_num_threads(),
+        window,
     )
     return out
 
 
 def _fwd_bwd(
-    op, row_weight, student, teacher, mask, scale_s, scale_t
+    op, row_weight, student, teacher, mask, scale_s, scale_t, window=_NO_WINDOW
 ) -> tuple[Tensor, list[Tensor]]:
     """The weighted sum, and the gradients of the distinct tensors of ``student`` (one or two)."""
     tensors = [unit_stride(x) for x in (*student, *teacher)]
@@ -51,6 +54,7 @@ def _fwd_bwd(
         heads(outputs[0][1]),
         heads(outputs[-1][1]),
         torch.get_num_threads(),
+        window,
     )
     grads = [grad if grad is written else grad.copy_(written) for grad, written in outputs]
     return loss, grads
@@ -132,5 +136,69 @@ def attention_mse_fwd_bwd(
     """``sum_i w_i sum_j (S_s - S_t)_ij^2`` and its gradients with respect to q_s and k_s."""
     loss, grads = _fwd_bwd(
         "attention_mse", row_weight, (q_s, k_s), (q_t, k_t), mask, scale_s, scale_t
+    )
+    return loss, grads[0], grads[1]
+
+
+def window_relation_kl_rows(
+    a_s: Tensor,
+    b_s: Tensor,
+    a_t: Tensor,
+    b_t: Tensor,
+    mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    window: int,
+) -> Tensor:
+    """``relation_kl_rows`` over the keys that are at most ``window`` tokens away, O(L window)."""
+    return _rows("relation_kl", a_s, b_s, a_t, b_t, mask, scale_s, scale_t, window)
+
+
+def window_relation_kl_fwd_bwd(
+    row_weight: Tensor,
+    a_s: Tensor,
+    b_s: Tensor,
+    a_t: Tensor,
+    b_t: Tensor,
+    mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``relation_kl_fwd_bwd`` over the keys that are at most ``window`` tokens away."""
+    loss, grads = _fwd_bwd(
+        "relation_kl", row_weight, (a_s, b_s), (a_t, b_t), mask, scale_s, scale_t, window
+    )
+    return loss, grads[0], grads[1]
+
+
+def window_attention_mse_rows(
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    window: int,
+) -> Tensor:
+    """``attention_mse_rows`` over the keys that are at most ``window`` tokens away, O(L window)."""
+    return _rows("attention_mse", q_s, k_s, q_t, k_t, mask, scale_s, scale_t, window)
+
+
+def window_attention_mse_fwd_bwd(
+    row_weight: Tensor,
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    mask: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``attention_mse_fwd_bwd`` over the keys that are at most ``window`` tokens away."""
+    loss, grads = _fwd_bwd(
+        "attention_mse", row_weight, (q_s, k_s), (q_t, k_t), mask, scale_s, scale_t, window
     )
     return loss, grads[0], grads[1]
