@@ -18,8 +18,11 @@ from .primitives import (
     ROW_FIRST,
     dot,
     load_rows,
+    places,
+    reach,
     real_keys,
     store_rows,
+    within,
 )
 
 
@@ -201,11 +204,12 @@ def _counts(factor, start, stride, stop, SIZE: tl.constexpr, GIVEN: tl.constexpr
         return tl.where(at < stop, 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["L", "heads", "own_b", "other_b"])
+@triton.jit(do_not_specialize=["L", "heads", "own_b", "other_b", "window"])
 def attention_mse_pairs_kernel(
     x_s, x_t, y_s, y_t, own, other, extents, rows, grad,
     xs_b, xs_h, xs_l, xt_b, xt_h, xt_l, ys_b, ys_h, ys_l, yt_b, yt_h, yt_l,
-    own_b, own_h, own_l, other_b, other_h, other_l, grad_b, grad_h, grad_l, heads, L, scale_s, ratio,
+    own_b, own_h, own_l, other_b, other_h, other_l, grad_b, grad_h, grad_l, heads, L,
+    scale_s, ratio, window,
     D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PAD_S: tl.constexpr, PAD_T: tl.constexpr, FP32_S: tl.constexpr, FP32_T: tl.constexpr,
     UPCAST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, KEYS: tl.constexpr,
@@ -221,6 +225,7 @@ def attention_mse_pairs_kernel(
         rows: with SUM (B * H * blocks,) weighted sums; else (B, H, L) sums over y of every x; without KEYS only.
         grad: like x_s; written with GRAD.
         ratio: c_t / c_s.
+        window: how far from an x the y of a pair may be, or None.
     """
     blocks = tl.cdiv(L, BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -230,6 +235,8 @@ def attention_mse_pairs_kernel(
     first = tl.load(extents + (ROW_FIRST if KEYS else KEY_FIRST))
     end = tl.load(extents + (ROW_END if KEYS else KEY_END))
     x_end = tl.load(extents + (KEY_END if KEYS else ROW_END))
+    if window is not None:
+        first, end = reach(first, end, x_start, x_start + BLOCK_M, window)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     gradient = tl.zeros((BLOCK_M, PAD_S if GRAD else 1), tl.float32)
     mine = _counts(own + b * own_b + h * own_h, x_start, own_l, L, BLOCK_M, OWN)
@@ -249,7 +256,11 @@ def attention_mse_pairs_kernel(
             t = dot(own_t, tl.trans(tile_t), FP32_T)
             # As in _factor: exactly 0 where both sides are equal, however the compiler contracts it.
             difference = (s - t * ratio) * scale_s
-            weighted = tl.where(counts[None, :] != 0, difference * counts[None, :], 0.0)
+            taken = counts[None, :] != 0
+            if window is not None:
+                y = places(counts != 0, start, BLOCK_N)
+                taken = within(x_start + tl.arange(0, BLOCK_M), y, window)
+            weighted = tl.where(taken, difference * counts[None, :], 0.0)
             if not KEYS:
                 squares += tl.sum(weighted * difference, 1)
             if GRAD:

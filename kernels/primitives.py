@@ -10,6 +10,8 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 # Stands for minus infinity in running maxima: the difference of two of them is 0 and not NaN.
 LOW = tl.constexpr(-1e30)
+# Where a token stands that no window reaches: windows are shorter than sequences.
+FAR = tl.constexpr(1 << 30)
 # Differences of probabilities are at most 1; moved up by this they keep all their bits in float16.
 HALF_RANGE = tl.constexpr(16384.0)
 
@@ -111,6 +113,26 @@ def real_keys(mask, start, stride, stop, SIZE: tl.constexpr, HAS_MASK: tl.conste
         return inside & (found != 0)
     else:
         return inside
+
+
+@triton.jit
+def reach(first, end, start, stop, window):
+    """The part of ``first ... end`` that is at most ``window`` away from a position of ``start ... stop``."""
+    return tl.maximum(first, start - window), tl.minimum(end, stop + window)
+
+
+@triton.jit
+def places(counts, start, SIZE: tl.constexpr):
+    """The positions ``start ... start + SIZE``, but FAR for those that do not count: ``within`` leaves them out."""
+    return tl.where(counts, start + tl.arange(0, SIZE), FAR)
+
+
+@triton.jit
+def within(rows, columns, window):
+    """Which pairs of positions (rows, columns) are at most ``window`` apart."""
+    past_first = columns[None, :] - (rows - window)[:, None]
+    # What is negative is large as an unsigned number: one comparison does for both ends.
+    return past_first.to(tl.uint32) <= (2 * window).to(tl.uint32)
 
 
 @triton.jit

@@ -10,6 +10,9 @@ E = sum 2^t b. When r moves to r', D moves by (r - r') E. Every difference is fo
 enters with the factor r - r' only, which is small where the networks agree: nothing cancels, the error stays
 relative to P_s - P_t, and equal networks give exactly 0. That is two exponentials a pair for value, both sums and the
 first gradient; the key kernel needs two more, and neither maxima nor masks.
+
+With a window a block visits only the tiles that it reaches. A row without a key in them meets LOW on both sides alike,
+so that r is 1 and every difference 0; what it has summed decays to nothing with the first key that it does find.
 """
 
 import triton
@@ -29,21 +32,27 @@ from .primitives import (
     half_scale,
     load_rows,
     operand,
+    places,
     quotient,
+    reach,
     real_keys,
     store_rows,
+    within,
 )
 
 
 @triton.jit
 def _visit_keys(
-    a_s, a_t, b_s, b_t, bs_l, bt_l, mask, mask_l, start, stop, scale_s, scale_t,
+    a_s, a_t, b_s, b_t, bs_l, bt_l, mask, mask_l, start, stop, at, window, scale_s, scale_t,
     m_s, l_s, m_t, l_t, gap, ratio, difference, teacher,
     D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_N: tl.constexpr, PAD_S: tl.constexpr,
     PAD_T: tl.constexpr, FP32_S: tl.constexpr, FP32_T: tl.constexpr, UPCAST: tl.constexpr,
     HAS_MASK: tl.constexpr, GRAD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the running sums after it. EDGE tiles may hold pads and end before BLOCK_N keys."""
+    """One tile of keys: the running sums after it. EDGE tiles may hold pads and end before BLOCK_N keys.
+
+    Rows ``at`` take the keys that are at most ``window`` away, where that is not None; all tiles are EDGE then.
+    """
     keys_s = load_rows(b_s, start, bs_l, stop, D_S, BLOCK_N, PAD_S, EDGE, UPCAST)
     keys_t = load_rows(b_t, start, bt_l, stop, D_T, BLOCK_N, PAD_T, EDGE, UPCAST)
     s = dot(a_s, tl.trans(keys_s), FP32_S)
@@ -51,7 +60,10 @@ def _visit_keys(
     if EDGE:
         # A pad's score drowns in LOW on both sides alike: its logarithms differ by 0, its probabilities are 0.
         keep = real_keys(mask, start, mask_l, stop, BLOCK_N, HAS_MASK)
-        bias = tl.where(keep, 0.0, LOW)[None, :]
+        if window is None:
+            bias = tl.where(keep, 0.0, LOW)[None, :]
+        else:
+            bias = tl.where(within(at, places(keep, start, BLOCK_N), window), 0.0, LOW)
         s, t = s * scale_s + bias, t * scale_t + bias
         new_s, new_t = tl.maximum(m_s, tl.max(s, 1)), tl.maximum(m_t, tl.max(t, 1))
         s, t = s - new_s[:, None], t - new_t[:, None]
@@ -78,12 +90,12 @@ def _visit_keys(
     return new_s, l_s, new_t, l_t, gap, ratio, difference, teacher
 
 
-@triton.jit(do_not_specialize=["L", "heads", "mask_b", "weight_b"])
+@triton.jit(do_not_specialize=["L", "heads", "mask_b", "weight_b", "window"])
 def relation_kl_rows_kernel(
     a_s, b_s, a_t, b_t, mask, weight, extents, peak, rows, stats, grad_a,
     as_b, as_h, as_l, bs_b, bs_h, bs_l, at_b, at_h, at_l, bt_b, bt_h, bt_l,
     mask_b, mask_l, weight_b, weight_h, weight_l, ga_b, ga_h, ga_l, heads, L,
-    scale_s, scale_t, grad_scale,
+    scale_s, scale_t, grad_scale, window,
     D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PAD_S: tl.constexpr, PAD_T: tl.constexpr, FP32_S: tl.constexpr, FP32_T: tl.constexpr,
     UPCAST: tl.constexpr, HAS_MASK: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -98,6 +110,7 @@ def relation_kl_rows_kernel(
         grad_a: like a_s; written with GRAD.
         scale_s, scale_t: factors on the scores times log2(e).
         grad_scale: the student's factor.
+        window: how far away the keys of a row may be, or None.
     """
     blocks = tl.cdiv(L, BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -108,6 +121,8 @@ def relation_kl_rows_kernel(
     key_first, key_end = tl.load(extents + KEY_FIRST), tl.load(extents + KEY_END)
     key_dense = tl.load(extents + KEY_DENSE)
     row_first, row_end = tl.load(extents + ROW_FIRST), tl.load(extents + ROW_END)
+    if window is not None:
+        key_first, key_end = reach(key_first, key_end, row_start, row_start + BLOCK_M, window)
     grad_a += b * ga_b + h * ga_h
     busy = (key_end > key_first) & (row_start < row_end) & (row_start + BLOCK_M > row_first)
     if busy:
@@ -127,15 +142,18 @@ def relation_kl_rows_kernel(
         difference = tl.zeros((BLOCK_M, PAD_S if GRAD else 1), tl.float32)
         teacher = tl.zeros((BLOCK_M, PAD_S if GRAD else 1), tl.float32)
         full_end = key_first + (key_dense - key_first) // BLOCK_N * BLOCK_N
+        if window is not None:
+            # No tile is full, but of keys without holes none needs the mask, the last one included.
+            full_end = key_end if key_dense >= key_end else tl.maximum(full_end, key_first)
         for start in tl.range(key_first, full_end, BLOCK_N):
             m_s, l_s, m_t, l_t, gap, ratio, difference, teacher = _visit_keys(
-                x_s, x_t, b_s, b_t, bs_l, bt_l, mask, mask_l, start, key_end, scale_s, scale_t,
+                x_s, x_t, b_s, b_t, bs_l, bt_l, mask, mask_l, start, key_end, at, window, scale_s, scale_t,
                 m_s, l_s, m_t, l_t, gap, ratio, difference, teacher,
-                D_S, D_T, BLOCK_N, PAD_S, PAD_T, FP32_S, FP32_T, UPCAST, HAS_MASK, GRAD, False,
+                D_S, D_T, BLOCK_N, PAD_S, PAD_T, FP32_S, FP32_T, UPCAST, False, GRAD, window is not None,
             )  # fmt: skip
         for start in tl.range(full_end, key_end, BLOCK_N, num_stages=1):
             m_s, l_s, m_t, l_t, gap, ratio, difference, teacher = _visit_keys(
-                x_s, x_t, b_s, b_t, bs_l, bt_l, mask, mask_l, start, key_end, scale_s, scale_t,
+                x_s, x_t, b_s, b_t, bs_l, bt_l, mask, mask_l, start, key_end, at, window, scale_s, scale_t,
                 m_s, l_s, m_t, l_t, gap, ratio, difference, teacher,
                 D_S, D_T, BLOCK_N, PAD_S, PAD_T, FP32_S, FP32_T, UPCAST, HAS_MASK, GRAD, True,
             )  # fmt: skip
@@ -184,7 +202,8 @@ def load_stats(stats, plane, start, stop, SIZE: tl.constexpr, EDGE: tl.constexpr
 
 @triton.jit
 def _visit_rows(
-    keys_s, keys_t, bias, a_s, a_t, as_l, at_l, stats, plane, start, stop, scale_s, scale_t, grad, gap,
+    keys_s, keys_t, bias, keys, window, a_s, a_t, as_l, at_l, stats, plane, start, stop, scale_s, scale_t,
+    grad, gap,
     D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_M: tl.constexpr, PAD_S: tl.constexpr,
     PAD_T: tl.constexpr, FP32_S: tl.constexpr, FP32_T: tl.constexpr, UPCAST: tl.constexpr,
     EDGE: tl.constexpr,
@@ -197,7 +216,10 @@ def _visit_rows(
     t = dot(x_t, keys_t, FP32_T)
     s = s * scale_s - m_s[:, None]
     t = t * scale_t - m_t[:, None]
-    if EDGE:
+    if window is not None:
+        keep = within(start + tl.arange(0, BLOCK_M), keys, window)
+        s, t = tl.where(keep, s, LOW), tl.where(keep, t, LOW)
+    elif EDGE:
         s, t = s + bias[None, :], t + bias[None, :]
     p_s, p_t = tl.exp2(s), tl.exp2(t)
     gap += tl.sum(p_t * (t - s), 1) * ratio * factor
@@ -205,11 +227,11 @@ def _visit_rows(
     return dot_add(tl.trans(operand(difference, x_s, FP32_S)), x_s, grad, FP32_S), gap
 
 
-@triton.jit(do_not_specialize=["L", "heads", "mask_b"])
+@triton.jit(do_not_specialize=["L", "heads", "mask_b", "window"])
 def relation_kl_keys_kernel(
     a_s, b_s, a_t, b_t, mask, extents, peak, stats, other, sums, grad_b,
     as_b, as_h, as_l, bs_b, bs_h, bs_l, at_b, at_h, at_l, bt_b, bt_h, bt_l,
-    mask_b, mask_l, gb_b, gb_h, gb_l, heads, L, scale_s, scale_t, grad_scale,
+    mask_b, mask_l, gb_b, gb_h, gb_l, heads, L, scale_s, scale_t, grad_scale, window,
     D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PAD_S: tl.constexpr, PAD_T: tl.constexpr, FP32_S: tl.constexpr, FP32_T: tl.constexpr,
     UPCAST: tl.constexpr, HAS_MASK: tl.constexpr, ADD: tl.constexpr,
@@ -228,6 +250,11 @@ def relation_kl_keys_kernel(
     key_first, key_end = tl.load(extents + KEY_FIRST), tl.load(extents + KEY_END)
     key_dense = tl.load(extents + KEY_DENSE)
     row_first, row_end = tl.load(extents + ROW_FIRST), tl.load(extents + ROW_END)
+    if window is not None:
+        # From real keys on, not from the block's first: of rows that reach none nobody wrote statistics.
+        reached_first = tl.maximum(key_start, key_first)
+        reached_end = tl.minimum(key_start + BLOCK_N, key_end)
+        row_first, row_end = reach(row_first, row_end, reached_first, reached_end, window)
     grad = tl.zeros((BLOCK_N, PAD_S), tl.float32)
     loss = 0.0
     busy = (row_end > row_first) & (key_start < key_end) & (key_start + BLOCK_N > key_first)
@@ -245,22 +272,26 @@ def relation_kl_keys_kernel(
         keys_t = tl.trans(
             load_rows(b_t, key_start, bt_l, key_end, D_T, BLOCK_N, PAD_T, True, UPCAST)
         )
-        bias = tl.where(
-            real_keys(mask + b * mask_b, key_start, mask_l, L, BLOCK_N, HAS_MASK), 0.0, LOW
-        )
+        real = real_keys(mask + b * mask_b, key_start, mask_l, L, BLOCK_N, HAS_MASK)
+        bias, keys = tl.where(real, 0.0, LOW), places(real, key_start, BLOCK_N)
         gap = tl.zeros((BLOCK_M,), tl.float32)
         # Only a block without pads has rows that need no bias.
         full_end = row_first
         if (key_start >= key_first) & (key_start + BLOCK_N <= key_dense):
             full_end = row_first + (row_end - row_first) // BLOCK_M * BLOCK_M
+        if window is not None:
+            # Any tile may lie at the edge of a window, where pads are left out with what is too far.
+            full_end = row_end
         for start in tl.range(row_first, full_end, BLOCK_M):
             grad, gap = _visit_rows(
-                keys_s, keys_t, bias, a_s, a_t, as_l, at_l, stats, plane, start, row_end, scale_s, scale_t, grad, gap,
-                D_S, D_T, BLOCK_M, PAD_S, PAD_T, FP32_S, FP32_T, UPCAST, False,
+                keys_s, keys_t, bias, keys, window, a_s, a_t, as_l, at_l, stats, plane, start, row_end,
+                scale_s, scale_t, grad, gap,
+                D_S, D_T, BLOCK_M, PAD_S, PAD_T, FP32_S, FP32_T, UPCAST, window is not None,
             )  # fmt: skip
         for start in tl.range(full_end, row_end, BLOCK_M, num_stages=1):
             grad, gap = _visit_rows(
-                keys_s, keys_t, bias, a_s, a_t, as_l, at_l, stats, plane, start, row_end, scale_s, scale_t, grad, gap,
+                keys_s, keys_t, bias, keys, window, a_s, a_t, as_l, at_l, stats, plane, start, row_end,
+                scale_s, scale_t, grad, gap,
                 D_S, D_T, BLOCK_M, PAD_S, PAD_T, FP32_S, FP32_T, UPCAST, True,
             )  # fmt: skip
         unit = 1.0 / half_scale(peak + b)

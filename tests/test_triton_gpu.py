@@ -31,6 +31,12 @@ ATTENTION = {
     "attention_mse": lambda q, k, q_t, k_t, *mask, **o: functional.attention_mse(
         q, k, q_t, k_t, *mask, **o
     ),
+    "attention_kl, window": lambda q, k, q_t, k_t, *mask, **o: functional.attention_kl(
+        q, k, q_t, k_t, *mask, window=50, **o
+    ),
+    "attention_mse, window": lambda q, k, q_t, k_t, *mask, **o: functional.attention_mse(
+        q, k, q_t, k_t, *mask, window=50, **o
+    ),
 }
 
 
@@ -83,7 +89,7 @@ def test_every_op_agrees_with_float64(op, length, without, dtype):
 
 
 @pytest.mark.parametrize("mixed", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
-@pytest.mark.parametrize("op", ["relation_kl", "self_relation_kl", "attention_mse", "softmax_kl"])
+@pytest.mark.parametrize("op", [*verify.ATTENTION, "softmax_kl"])
 def test_student_and_teacher_of_different_dtypes(op, mixed):
     count = verify.TENSORS[op] // 2
     dtypes = [mixed[0]] * count + [mixed[1]] * count

@@ -25,7 +25,7 @@ from harness import Case, Result, examine
 HERE = Path(__file__).resolve().parent
 OWN_FILES = {"__main__", "harness", "cubin"}
 HEADER = (
-    f"{'op':18s} {'form':20s} {'dtype':11s} {'D':>6s} {'arch':>4s} {'warps':>5s} {'regs':>4s} {'spills':>6s} "
+    f"{'op':20s} {'form':20s} {'dtype':11s} {'D':>6s} {'arch':>4s} {'warps':>5s} {'regs':>4s} {'spills':>6s} "
     f"{'smem':>6s} {'MMA':>4s} {'MUFU':>4s} {'instr/pair':>10s}  ok"
 )
 
@@ -45,7 +45,7 @@ def row(case: Case, result: Result) -> str:
     """A line of the table."""
     per_pair = "" if result.per_pair is None else f"{result.per_pair:.2f}"
     return (
-        f"{case.op:18s} {case.form:20s} {case.dtype:11s} {case.width:6d} {case.arch:4d} {case.num_warps:5d} "
+        f"{case.op:20s} {case.form:20s} {case.dtype:11s} {case.width:6d} {case.arch:4d} {case.num_warps:5d} "
         f"{result.registers:4d} {result.spills:6d} {result.shared:6d} {result.matrix:4d} {result.mufu:4d} "
         f"{per_pair:>10s}  {'; '.join(result.broken) or 'ok'}"
     )

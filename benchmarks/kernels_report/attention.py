@@ -48,6 +48,10 @@ BUDGETS = {
     ("pairs_keys", 32, 80): (53, 81, 107, 285),
 }
 
+# How many times as many where a window asks of every pair whether it lies inside, and the bytes of the few registers
+# that some fp32 forms then spill, once a program and outside the loops.
+WINDOW_FACTOR, WINDOW_SPILLS = 1.45, 40
+
 # Forms whose tiles an H200 measured to be the fastest although they spill a few registers (bytes, by bits).
 MEASURED_SPILLS = {
     ("short", 16): 288, ("self_short", 16): 128, ("grad_rows", 16): 128, ("grad_keys", 16): 128,
@@ -104,14 +108,17 @@ def _relation(arch, dtype, width, teacher=None, teacher_width=None, mixed=False)
         table = form.replace("self", "grad")
         config = shipped(table, bits, width, arch)
         tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        yield _case(
+        case = _case(
             "self_relation_kl" if form == "self_keys" else "relation_kl", form, dtype, teacher, width, arch,
-            kernel, {**sides, **tile, **extra}, config,
+            kernel, {**sides, **tile, **extra, "window": None}, config,
             pairs=config.block_m * config.block_n,
             max_per_pair=_per_pair(table, bits, width, arch),
             quick=not mixed and dtype == "bf16" and width == 64,
             max_spills=_spills(form, bits, arch),
         )  # fmt: skip
+        yield case
+        if form != "self_keys":
+            yield _windowed(case)
     for form, kernel in (
         ("short", relation_kl_short_kernel),
         ("self_short", self_relation_kl_short_kernel),
@@ -152,13 +159,16 @@ def _mse(arch: int, dtype: str, width: int) -> Iterator[Case]:
             **sides, "PAD_S": pad, "PAD_T": pad, "FP32_S": bits == 32, "FP32_T": bits == 32, "UPCAST": False,
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "OWN": gradient, "OTHER": True,
             "KEYS": keys, "SUM": gradient, "GRAD": gradient, "own_h": 0, "own_l": 1, "other_h": 0, "other_l": 1,
+            "window": None,
         }  # fmt: skip
         flags = {"own": "*u8"} if keys else {"other": "*u8"}
-        yield _case(
+        case = _case(
             "attention_mse", form, dtype, dtype, width, arch, mse.attention_mse_pairs_kernel, constants, config,
             other_types=flags, pairs=config.block_m * config.block_n,
             max_per_pair=_per_pair(form.removesuffix(" value"), bits, width, arch), quick=(dtype, width, arch) == QUICK,
         )  # fmt: skip
+        yield case
+        yield _windowed(case)
     gram, grad = mse.attention_mse_gram_kernel, mse.attention_mse_gram_grad_kernel
     weights = {"HAS_MASK": True, "mask_l": 1, "weight_h": 0, "weight_l": 1}
     forms = {
@@ -176,6 +186,19 @@ def _mse(arch: int, dtype: str, width: int) -> Iterator[Case]:
                 "attention_mse", form, dtype, dtype, width, arch, kernel, constants, config,
                 quick=(dtype, width, arch) == QUICK,
             )  # fmt: skip
+
+
+def _windowed(case: Case) -> Case:
+    """The case as it runs where rows compare the keys of a window."""
+    return replace(
+        case,
+        op=f"window_{case.op}",
+        signature={**case.signature, "window": "i32"},
+        constants={name: value for name, value in case.constants.items() if name != "window"},
+        max_per_pair=case.max_per_pair * WINDOW_FACTOR,
+        max_spills=max(case.max_spills, WINDOW_SPILLS if case.dtype == "fp32" else 0),
+        quick=case.quick and case.arch == QUICK[-1],
+    )
 
 
 def _unmasked(case: Case) -> Case:

@@ -20,6 +20,8 @@ _MODULES = {
     "relation_kl": "relation_kl",
     "self_relation_kl": "self_relation_kl",
     "attention_mse": "attention_mse",
+    "window_relation_kl": "window",
+    "window_attention_mse": "window",
     "hidden_mse": "hidden_mse",
     "hidden_proj_mse": "hidden_proj_mse",
     "hidden_combine_mse": "hidden_proj_mse",

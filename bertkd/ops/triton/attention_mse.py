@@ -62,15 +62,15 @@ def attention_mse_rows(
     out = torch.empty(q_s.shape[:-1], dtype=torch.float32, device=q_s.device)
     if out.numel() == 0:
         return out
-    sides = _unit_strides(q_s, k_s, q_t, k_t)
-    scales = _scales(scale_s, scale_t)
+    sides = unit_strides(q_s, k_s, q_t, k_t)
+    scales = usable_scales(scale_s, scale_t)
     with guard(q_s):
         extents = extents_of(mask, None, q_s)
         if gram_pays(q_s.shape[2], q_s.shape[-1], q_t.shape[-1]):
             grams = _grams(sides, mask, None, extents, *scales)
             _gram_rows(sides, grams, out, *scales)
         else:
-            _pairs(sides, mask, None, extents, out, None, *scales, keys=False)
+            pairs_launch(sides, mask, None, extents, out, None, *scales, keys=False)
     return out
 
 
@@ -87,8 +87,8 @@ def attention_mse_fwd_bwd(
     """``sum_i w_i sum_j (S_s - S_t)_ij^2`` and its gradients with respect to q_s and k_s, without atomics."""
     if row_weight.numel() == 0:
         return row_weight.sum(), torch.empty_like(q_s), torch.empty_like(k_s)
-    sides = _unit_strides(q_s, k_s, q_t, k_t)
-    scales = _scales(scale_s, scale_t)
+    sides = unit_strides(q_s, k_s, q_t, k_t)
+    scales = usable_scales(scale_s, scale_t)
     with guard(q_s):
         extents = extents_of(mask, row_weight, q_s)
         grad_q, grad_k = torch.empty_like(sides[0]), torch.empty_like(sides[1])
@@ -100,17 +100,17 @@ def attention_mse_fwd_bwd(
             for grad, keys in ((grad_q, False), (grad_k, True)):
                 _gram_grad(sides, mask, row_weight, extents, grams, grad, *scales, keys=keys)
         else:
-            sums = _pairs(sides, mask, row_weight, extents, None, grad_q, *scales, keys=False)
+            sums = pairs_launch(sides, mask, row_weight, extents, None, grad_q, *scales, keys=False)
             loss = sums.sum()
-            _pairs(sides, mask, row_weight, extents, None, grad_k, *scales, keys=True)
+            pairs_launch(sides, mask, row_weight, extents, None, grad_k, *scales, keys=True)
         return loss, laid_out_like(q_s, grad_q), laid_out_like(k_s, grad_k)
 
 
-def _unit_strides(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Sides:
+def unit_strides(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Sides:
     return unit_stride(q_s), unit_stride(k_s), unit_stride(q_t), unit_stride(k_t)
 
 
-def _scales(scale_s: float, scale_t: float) -> tuple[float, float]:
+def usable_scales(scale_s: float, scale_t: float) -> tuple[float, float]:
     """c_s and c_t / c_s; a student factor of 0 is stood in for by one that no gradient shows."""
     scale_s = scale_s or 1e-20
     return scale_s, scale_t / scale_s
@@ -240,7 +240,7 @@ def _gram_rows(sides: Sides, grams: Tensor, out: Tensor, scale_s: float, ratio: 
     )
 
 
-def _pairs(
+def pairs_launch(
     sides: Sides,
     mask: Tensor | None,
     weight: Tensor | None,
@@ -251,6 +251,7 @@ def _pairs(
     ratio: float,
     *,
     keys: bool,
+    window: int | None = None,
 ) -> Tensor:
     """Run the tile kernel over queries, or with ``keys`` over keys, whose gradient goes to ``grad``.
 
@@ -286,6 +287,7 @@ def _pairs(
         shape.length,
         scale_s,
         ratio,
+        window,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         **shape.constants,

@@ -88,6 +88,7 @@ def tiled_launches(
     scale_s: float,
     scale_t: float,
     *,
+    window: int | None = None,
     summed: bool = False,
 ) -> Tensor:
     """Run the row kernel and then the key kernel, which fill the gradients; ``summed``: both roles' in the second.
@@ -105,9 +106,10 @@ def tiled_launches(
     shares = made(of_rows + gap + of_keys, dtype=torch.float32, device=a_s.device)
     stats = torch.empty((4, *weight.shape), dtype=torch.float32, device=a_s.device)
     scales = scale_s, scale_t
-    rows_launch("grad_rows", sides, mask, weight, extents, stats, *scales, grads[0], shares)
+    rows_launch("grad_rows", sides, mask, weight, extents, stats, *scales, grads[0], shares, window)
     other = grads[0] if summed else None
-    keys_launch(sides, mask, extents, stats, grads[1], *scales, shares[of_rows + gap :], other)
+    shares_of_keys = shares[of_rows + gap :]
+    keys_launch(sides, mask, extents, stats, grads[1], *scales, shares_of_keys, other, window)
     return shares.sum()
 
 
@@ -122,6 +124,7 @@ def rows_launch(
     scale_t: float,
     grad_a: Tensor | None = None,
     shares: Tensor | None = None,
+    window: int | None = None,
 ) -> None:
     """Run the row kernel.
 
@@ -131,6 +134,7 @@ def rows_launch(
         out: (B, H, L) for the rows; (4, B, H, L) for the statistics of the rows where there are weights.
         grad_a: to be filled, or None.
         shares: to be filled with the weighted sums of blocks of rows where there are weights.
+        window: how many tokens to either side a row compares, or None for all.
     """
     a_s, b_s, a_t, b_t = sides
     shape = shape_of((a_s, b_s), (a_t, b_t))
@@ -156,6 +160,7 @@ def rows_launch(
         abs(scale_s) * LOG2E,
         abs(scale_t) * LOG2E,
         scale_s,
+        window,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         **shape.constants,
@@ -178,6 +183,7 @@ def keys_launch(
     scale_t: float,
     shares: Tensor,
     other: Tensor | None = None,
+    window: int | None = None,
 ) -> None:
     """Run the key kernel, which fills ``grad_b`` and its blocks' ``shares`` of the loss; a contiguous fp32 gradient
     ``other`` is added to ``grad_b``."""
@@ -203,6 +209,7 @@ def keys_launch(
         abs(scale_s) * LOG2E,
         abs(scale_t) * LOG2E,
         abs(scale_s),
+        window,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         **shape.constants,
