@@ -133,6 +133,14 @@ H = torch.randn(2, 6, 8)
             "unknown option of AttentionKL 'temprature'. Did you mean 'temperature'",
         ),
         (
+            lambda: functional.attention_kl(Q, Q, Q, Q, temprature=2.0),
+            "unknown option of attention_kl 'temprature'. Did you mean 'temperature'",
+        ),
+        (
+            lambda: functional.value_relation_kl(Q, Q, heads=2),
+            "unknown option of value_relation_kl 'heads'. Did you mean 'relation_heads'",
+        ),
+        (
             lambda: functional.linear_kl(H, torch.ones(5, 4), H, torch.ones(5, 8)),
             "w_s .* does not take h_s of width 8",
         ),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bertkd import reference
+from bertkd.errors import unknown_name
 from bertkd.functional.compared import (
     Blocks,
     Compared,
@@ -141,8 +142,12 @@ def _relation_kl(
     min_prob: float | None = None,
     reduction: str = "mean",
     impl: str = "auto",
+    **unknown: Any,
 ) -> Tensor:
     """``relation_kl``, with errors that use the caller's name ``op`` and its argument ``names``."""
+    for name in unknown:
+        known = relation_kl.__kwdefaults__ or ()
+        raise TypeError(str(unknown_name(f"option of {op}", name, known)))
     check_options(op, reduction, temperature)
     check_clamps(op, min_prob=min_prob)
     compared = compare(
