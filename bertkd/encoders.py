@@ -158,13 +158,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             inner = inner._orig_mod
         elif isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = inner.module
-        elif hasattr(type(inner), "get_base_model"):
-            if inner.active_peft_config.is_prompt_learning:
+        elif (adapted := inside_peft(inner)) is not None:
+            # Where adapters are mixed, none can be a prompt.
+            config = getattr(inner, "active_peft_config", None)
+            if config is not None and config.is_prompt_learning:
                 raise UnsupportedEncoderError(
                     f"{type(inner).__name__} puts prompts in front of the tokens, whose states and maps match none "
                     "of another model: use adapters in its layers, e.g. LoRA"
                 )
-            inner = inner.get_base_model()
+            inner = adapted
         elif type(inner).__name__ == "FullyShardedDataParallel":
             raise UnsupportedEncoderError(
                 "model is in FullyShardedDataParallel, whose backward goes by the outputs of its modules and not by "
@@ -172,6 +174,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             )
         else:
             return inner
+
+
+def inside_peft(model: Any) -> nn.Module | None:
+    """Return the model inside PEFT's ``PeftModel`` or ``PeftMixedModel``, with the adapters in its layers, or None."""
+    if hasattr(type(model), "get_base_model"):
+        return model.get_base_model()
+    return model.base_model.model if type(model).__name__ == "PeftMixedModel" else None
 
 
 def block_list(model: nn.Module) -> nn.ModuleList | list[nn.Module]:

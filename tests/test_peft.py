@@ -1,5 +1,6 @@
 """Models in PEFT's wrapper, with a stand-in of its shape: forward names few arguments, attributes are the model's."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,17 +15,27 @@ from bertkd.errors import UnsupportedEncoderError
 from bertkd.training import Supervised, predict
 
 
-class Adapted(nn.Module):
-    def __init__(self, model, prompts=False):
+class PeftMixedModel(nn.Module):
+    """For adapters of several kinds: it says nothing of what it hands on."""
+
+    def __init__(self, model):
         super().__init__()
         self.base_model = nn.ModuleDict({"model": model})
-        self.active_peft_config = SimpleNamespace(is_prompt_learning=prompts)
 
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_model")["model"], name)
+
+    def forward(self, *args, **kwargs):
+        return self.base_model["model"](*args, **kwargs)
+
+
+class Adapted(PeftMixedModel):
+    def __init__(self, model, prompts=False):
+        super().__init__(model)
+        self.active_peft_config = SimpleNamespace(is_prompt_learning=prompts)
 
     def get_base_model(self):
         return self.base_model["model"]
@@ -50,8 +61,11 @@ def adapt(model):
     return model
 
 
-@pytest.mark.parametrize("head", [None, "sequence", "mlm"])
-def test_an_adapted_student_gets_every_column_and_trains(head):
+@pytest.mark.parametrize(
+    ("head", "wrapper"),
+    [(None, Adapted), ("sequence", Adapted), ("mlm", Adapted), ("sequence", PeftMixedModel)],
+)
+def test_an_adapted_student_gets_every_column_and_trains(head, wrapper):
     """Also token types, which the wrapper's forward does not name."""
     teacher = tiny_model("bert", layers=4, head_cls=head)
     student = adapt(tiny_model("bert", seed=1, head_cls=head))
@@ -59,7 +73,7 @@ def test_an_adapted_student_gets_every_column_and_trains(head):
     assert batch["token_type_ids"].any()
     objective = "att_kl + hid_seq" + (" + kd" if head else "")
     want = bertkd.Distiller(teacher, student, objective)(batch).loss
-    wrapped = Adapted(student)
+    wrapped = wrapper(student)
     assert (unwrap(wrapped), base_model(wrapped)) == (student, student.base_model)
     got = bertkd.Distiller(teacher, wrapped, objective)(batch).loss
     assert torch.equal(got, want)
@@ -67,10 +81,12 @@ def test_an_adapted_student_gets_every_column_and_trains(head):
     assert student.base_model.encoder.layer[0].attention.self.query.lora.weight.grad is not None
 
 
-@pytest.mark.parametrize("prompts", [False, True])
-def test_an_adapted_model_is_fine_tuned_and_judged_on_every_column(prompts):
+@pytest.mark.parametrize(
+    "wrap", [Adapted, partial(Adapted, prompts=True), PeftMixedModel], ids=["", "prompts", "mixed"]
+)
+def test_an_adapted_model_is_fine_tuned_and_judged_on_every_column(wrap):
     model = adapt(tiny_model("bert", head_cls="sequence"))
-    wrapped, batch = Adapted(model, prompts), tiny_batch(model, labels=True)
+    wrapped, batch = wrap(model), tiny_batch(model, labels=True)
     assert torch.equal(Supervised(wrapped)(batch).loss, Supervised(model)(batch).loss)
     rows = [{name: column[i] for name, column in batch.items()} for i in range(2)]
     found, wanted = (predict(each, rows, default_collate)[0] for each in (wrapped, model))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bertkd.encoders import base_model, block_list, describe, not_loaded, unwrap
+from bertkd.encoders import base_model, block_list, describe, inside_peft, not_loaded, unwrap
 from bertkd.objectives.base import Needs, Side
 
 _HEADS = {
@@ -151,8 +151,8 @@ def accepted(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     ``token_type_ids`` are left out for models with a single type (RoBERTa), which cannot embed others.
     """
-    # PEFT's wrapper names few of the arguments that it hands on.
-    inner = model.get_base_model() if hasattr(type(model), "get_base_model") else model
+    # PEFT's wrappers name few of the arguments that they hand on, or none.
+    inner = inside_peft(model) or model
     names = _arguments_of(inner.forward)
     one_type = getattr(getattr(inner, "config", None), "type_vocab_size", 2) in (0, 1)
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,7 +42,7 @@ class Supervised(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if "labels" not in inspect.signature(model.forward).parameters:
+        if not accepted(model, {"labels": None}):
             raise ValueError(
                 f"{type(model).__name__} takes no labels; load the model with a task head, e.g. "
                 "AutoModelForSequenceClassification"
