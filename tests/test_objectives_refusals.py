@@ -98,7 +98,10 @@ def test_differing_heads_suggest_relation_heads_and_qkv_kl():
         message = refused(term, "student has 2 and the teacher 4", student=student)
         assert "relation_heads=2" in message
         assert "qkv_kl" in message
-    Distiller(tiny_model("bert", layers=4), student, "att_kl(relation_heads=2) + qkv_kl")
+    message = refused("qkv_kl@released", "give qkv_kl relation_heads=2", student=student)
+    assert "use qkv_kl" not in message
+    good = "att_kl(relation_heads=2) + qkv_kl + qkv_kl(relation_heads=2)@released"
+    Distiller(tiny_model("bert", layers=4), student, good)
 
 
 @pytest.mark.parametrize("term", ["hid_seq", "hid_cls", "hid_cos", "pkd", "alp", "pool"])

@@ -174,11 +174,13 @@ def check_heads(
         raise ValueError(f"{term} has no relation_heads; it needs equal head counts")
     if relation_heads is None:
         if student.spec.num_heads != teacher.spec.num_heads:
-            most = default_relation_heads(student, teacher)
-            resplit = f"write {term}(relation_heads={most}) to re-split both, or "
+            ways = ["use qkv_kl"] if term != "qkv_kl" else []
+            if resplits:
+                most = default_relation_heads(student, teacher)
+                ways.insert(0, f"give {term} relation_heads={most}, which re-splits both")
             raise ValueError(
                 f"{term} compares heads one by one, but the student has {student.spec.num_heads} "
-                f"and the teacher {teacher.spec.num_heads}; {resplit if resplits else ''}use qkv_kl"
+                f"and the teacher {teacher.spec.num_heads}; {', or '.join(ways)}"
             )
         return None
     if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
