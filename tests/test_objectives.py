@@ -307,6 +307,8 @@ def test_kd_and_ce_on_a_regression_head():
     z_s, z_t = insides(student, batch).logits, insides(teacher, batch).logits
     close(run("kd", teacher, student, batch), F.mse_loss(z_s, z_t))
     close(run("ce", teacher, student, batch), F.mse_loss(z_s[:, 0], batch["labels"]))
+    with pytest.warns(UserWarning, match=r"kd: temperature=2\.0 does nothing for regression"):
+        close(run("kd(temperature=2)", teacher, student, batch), F.mse_loss(z_s, z_t))
 
 
 def test_ce_on_a_multi_label_head():

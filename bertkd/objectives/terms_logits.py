@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -59,7 +60,8 @@ class KD(Term):
 
     Sequence heads have one row per example; token and masked-language-model heads one per position
     whose label is not -100, or per real token where there are no labels or with ``all_tokens=True``.
-    Regression is the mean squared difference of the logits.
+    Regression is the mean squared difference of the logits, for which a temperature does nothing: one other than 1
+    is warned of.
 
     Source: Hinton et al. 2015. The released code's KD baseline uses T = 2 (``@released``).
     """
@@ -97,6 +99,12 @@ class KD(Term):
         self.regression = setup.teacher.problem == "regression"
         self.impl = chosen_impl(impl, setup.impl)
         self._student = setup.student
+        if self.regression and self.temperature != 1:
+            warnings.warn(
+                f"kd: temperature={self.temperature} does nothing for regression, whose loss is the squared difference "
+                "of the logits",
+                stacklevel=2,
+            )
 
     def needs(self) -> Needs:
         """Both models' logits."""
