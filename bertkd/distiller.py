@@ -21,7 +21,7 @@ from bertkd.objectives import Expression, Needs, Objective, StepContext, build_o
 from bertkd.objectives.base import Side
 from bertkd.objectives.batch import check_batch
 from bertkd.objectives.options import not_negative
-from bertkd.objectives.sides import check_models, check_wrapper, model_inputs
+from bertkd.objectives.sides import check_models, check_trains, check_wrapper, model_inputs
 from bertkd.ops.checks import HALVES
 from bertkd.ops.dispatch import requested
 from bertkd.plan import Plan, make_plan
@@ -146,9 +146,9 @@ class Distiller(nn.Module):
 
         Raises:
             TypeError: the batch is no mapping, a column no tensor, or the mask one of floats.
-            ValueError: a column is missing or empty, the text is longer than a model's positions, an
-                id beyond its vocabulary (told on CPUs only, outside compiled graphs), or this is a
-                copy made by ``nn.DataParallel``.
+            ValueError: a column is missing or empty, the text is longer than a model's positions, an id beyond its
+                vocabulary (told on CPUs only, outside compiled graphs), nothing that the terms read is trained (in
+                train mode, unless gradients are off), or this is a copy made by ``nn.DataParallel``.
             NonFiniteError: the loss is NaN or infinite; names the first cause. Checked at each step
                 on CPUs only (``finite_checks`` True or False overrides), elsewhere by `check_finite`.
         """
@@ -182,6 +182,8 @@ class Distiller(nn.Module):
             batch=batch,
         )
         loss, terms = self.objective(step)
+        if self.training:
+            check_trains(loss, self.student)
         if not needs.student_logits and is_distributed(self.student):
             loss = loss + nothing_of(student.output)
         checks = loss.device.type == "cpu" if self.finite_checks is None else self.finite_checks

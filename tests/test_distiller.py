@@ -342,6 +342,29 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(gradients(student), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_loss_that_trains_nothing_says_what_is_frozen():
+    teacher = tiny_model("bert", layers=4, head_cls="sequence")
+    student = tiny_model("bert", head_cls="sequence", seed=1)
+    batch = tiny_batch(teacher)
+    distiller = Distiller(teacher, student, "att_kl").train()
+    student.bert.requires_grad_(False)
+    with pytest.raises(
+        ValueError,
+        match=r"no term reads what is trained .*\(classifier\.weight, classifier\.bias\)",
+    ):
+        distiller(batch)
+    with torch.no_grad():
+        want = distiller(batch).loss
+    student.requires_grad_(False)
+    with pytest.raises(ValueError, match="no gradient: the student is frozen"):
+        distiller(batch)
+    assert distiller.eval()(batch).loss.isfinite()
+    assert want.isfinite()
+    # The logits come from the head, which is trained.
+    student.classifier.requires_grad_(True)
+    Distiller(teacher, student, "kd + att_kl").train()(batch).loss.backward()
+
+
 def test_windows_that_differ_are_warned_about_once():
     teacher = tiny_model("modernbert", layers=4, local_attention=4)
     distiller = Distiller(teacher, tiny_model("modernbert", layers=2, local_attention=4), "att_kl")

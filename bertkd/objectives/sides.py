@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bertkd.encoders import base_model, block_list, describe, inside_peft, not_loaded, unwrap
@@ -105,6 +106,27 @@ def check_models(
             )
         return
     _check_tokenizers(student_tokenizer, teacher_tokenizer, ours, theirs)
+
+
+def check_trains(loss: Tensor, student: nn.Module) -> None:
+    """Refuse a loss without a gradient where there should be one: its backward would not say what is frozen.
+
+    Raises:
+        ValueError: see above.
+    """
+    if loss.requires_grad or not torch.is_grad_enabled():
+        return
+    trained = [name for name, weight in student.named_parameters() if weight.requires_grad]
+    names = ", ".join(trained[:3]) + ", ..." * (len(trained) > 3)
+    found = (
+        f"no term reads what is trained of the student ({names})"
+        if trained
+        else "the student is frozen"
+    )
+    raise ValueError(
+        f"the loss has no gradient: {found}. Unfreeze what the terms read, e.g. student.requires_grad_(True); where "
+        "the loss is only looked at, use torch.no_grad()"
+    )
 
 
 def check_wrapper(student: nn.Module, needs: Needs) -> None:
