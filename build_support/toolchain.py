@@ -17,6 +17,8 @@ from pathlib import Path
 DEFAULT_ARCHS = ("80", "86", "89", "90a", "100", "120")
 # Below it there is neither cp.async nor a bf16 tensor-core product.
 OLDEST_ARCH = 80
+# Code for one GPU alone, and for a family of them; nvcc lists neither.
+FIRST_WITH_SUFFIX = {"": OLDEST_ARCH, "a": 90, "f": 100}
 
 _CXX_PROBE = (
     "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
@@ -174,7 +176,7 @@ def choose_archs(known: list[int]) -> list[str]:
             f"BERTKD_CUDA_ARCHS={wish}: gives no architecture. Write numbers like 80;90a;120."
         )
     for arch in archs:
-        number = re.fullmatch(r"(\d{2,3})[af]?", arch)
+        number = re.fullmatch(r"(\d{2,3})([af]?)", arch)
         problem = None
         if number is None:
             problem = "is no architecture"
@@ -182,6 +184,8 @@ def choose_archs(known: list[int]) -> list[str]:
             problem = f"is too old: the kernels need {OLDEST_ARCH} or newer"
         elif int(number[1]) not in known:
             problem = "is not known to this nvcc"
+        elif int(number[1]) < (first := FIRST_WITH_SUFFIX[number[2]]):
+            problem = f"is no architecture: {number[2]!r} is for {first} and newer"
         if problem is not None:
             usable = ", ".join(str(arch) for arch in sorted(known) if arch >= OLDEST_ARCH)
             raise BadSetting(

@@ -344,6 +344,7 @@ KNOWN = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
     [
         ("", ["80", "86", "89", "90a", "100", "120"], "120"),
         ("90a", ["90a"], None),
+        ("100f 120a", ["100f", "120a"], None),
         ("120; 80 86,86", ["80", "86", "120"], "120"),
     ],
 )
@@ -360,6 +361,8 @@ def test_architectures(asked, archs, ptx, monkeypatch):
         ("sm_80", "'sm_80' is no architecture"),
         ("75", "'75' is too old: the kernels need 80"),
         ("130", "'130' is not known to this nvcc"),
+        ("90f", "'90f' is no architecture: 'f' is for 100 and newer"),
+        ("86a", "'86a' is no architecture: 'a' is for 90 and newer"),
     ],
 )
 def test_architectures_that_make_no_sense(asked, said, monkeypatch):
