@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,36 +91,61 @@ def test_either_tree_needs_no_more_of_its_library_than_older_commits_have():
     assert taken == TAKEN
 
 
-def test_a_termination_leaves_no_work_tree_behind(tmp_path):
+def git(folder, *words):
+    command = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@localhost"]
+    return subprocess.run([*command, *words], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(tmp_path):
     (tmp_path / "bertkd").mkdir()
     (tmp_path / "bertkd" / "file").write_text("x")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@localhost"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
-        subprocess.run([*git, *words], check=True)
+        git(tmp_path, *words)
+    return tmp_path
+
+
+@contextmanager
+def another_run(repository):
     program = f"""
 import time
 from pathlib import Path
 from bertkd.bench.compare import checkout
-with checkout(Path({str(tmp_path)!r}), "HEAD") as tree:
+with checkout(Path({str(repository)!r}), "HEAD") as tree:
     print(tree, flush=True)
     time.sleep(60)
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
-    ) as run:
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         tree = Path(run.stdout.readline().strip())
         assert (tree / "bertkd" / "file").exists()
+        yield run, tree
+        run.kill()
+
+
+def test_a_termination_leaves_no_work_tree_behind(repository):
+    with another_run(repository) as (run, tree):
         run.terminate()
+        run.wait()
     assert run.returncode == 128 + signal.SIGTERM
     assert not tree.parent.exists()
-    listed = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True)
-    assert len(listed.stdout.splitlines()) == 1
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
+
+
+def test_the_next_run_removes_what_a_killed_one_left(repository):
+    with another_run(repository) as (_, tree), compare.checkout(repository, "HEAD"):
+        assert (tree / "bertkd" / "file").exists()  # at work
+    assert tree.exists()
+    with compare.checkout(repository, "HEAD"):
+        assert not tree.parent.exists()
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
 
 
 def test_an_interruption_of_the_checkout_itself_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupted(command, **_):
         if "add" in command:
             raise KeyboardInterrupt
+        return SimpleNamespace(stdout="")
 
     monkeypatch.setattr(subprocess, "run", interrupted)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from bertkd._locks import LOCK, InUseError, locked
 from bertkd.bench.cases import Case
 from bertkd.bench.children import pack
 from bertkd.bench.contestants import MODES, OURS
@@ -29,6 +30,8 @@ from bertkd.bench.timing import spread
 THRESHOLD = 0.10
 # Without a selection: the main case of each op, as training runs it.
 DEFAULT = "kind=op,mode=fwd_bwd"
+# Of the folder with the base's work tree.
+PREFIX = "bertkd-base-"
 
 # The library comes from the tree under test, this package from here: both trees are timed by the same code.
 BOOTSTRAP = """
@@ -210,21 +213,38 @@ def checkout(root: Path, commit: str) -> Iterator[Path]:
     """
     # A termination unwinds like Ctrl-C; by default it would leave the work tree, and git's note of it, behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    folder = Path(tempfile.mkdtemp(prefix="bertkd-base-"))
-    tree = folder / "base"
     git = ["git", "-C", str(root)]
+    _clear_up(git)
+    tree = Path(tempfile.mkdtemp(prefix=PREFIX)) / "base"
     try:
-        added = subprocess.run(
-            [*git, "worktree", "add", "--detach", str(tree), commit], capture_output=True, text=True
-        )
-        if added.returncode:
-            raise ValueError(f"base={commit!r}: {added.stderr.strip().splitlines()[-1]}")
-        _native_library(root, tree, commit)
-        yield tree
+        with locked(tree.parent / LOCK):
+            added = subprocess.run(
+                [*git, "worktree", "add", "--detach", str(tree), commit],
+                capture_output=True,
+                text=True,
+            )
+            if added.returncode:
+                raise ValueError(f"base={commit!r}: {added.stderr.strip().splitlines()[-1]}")
+            _native_library(root, tree, commit)
+            yield tree
     finally:
-        subprocess.run([*git, "worktree", "remove", "--force", str(tree)], capture_output=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(git, tree)
         signal.signal(signal.SIGTERM, before)
+
+
+def _clear_up(git: Sequence[str]) -> None:
+    """Remove the work trees of runs that were killed, which hold no lock any more."""
+    asked = [*git, "worktree", "list", "--porcelain"]
+    for line in subprocess.run(asked, capture_output=True, text=True).stdout.splitlines():
+        tree = Path(line.removeprefix("worktree "))
+        if tree.parent.name.startswith(PREFIX):
+            with suppress(InUseError, OSError), locked(tree.parent / LOCK):
+                _remove(git, tree)
+
+
+def _remove(git: Sequence[str], tree: Path) -> None:
+    subprocess.run([*git, "worktree", "remove", "--force", str(tree)], capture_output=True)
+    shutil.rmtree(tree.parent, ignore_errors=True)
 
 
 def _native_library(root: Path, tree: Path, commit: str) -> None:
