@@ -8,7 +8,9 @@ import re
 import pytest
 from cli_runs import FAST, distill, save_place
 from huggingface_hub import ModelCard
+from tiny_models import tiny_model
 from tiny_task import review_rows, save_csv, save_tiny_model
+from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from bertkd.cli.main import main
@@ -112,6 +114,24 @@ def test_a_student_for_other_labels_is_refused_before_it_is_trained(place, tmp_p
     words = ["--student", student, "--task", place["task"]]
     assert distill(place, tmp_path / "out", *words) == 2
     assert "the student predicts 3 labels" in capsys.readouterr().err
+
+
+def test_models_for_several_labels_a_row_or_for_tokens_are_refused(place, tmp_path, capsys):
+    several = {"num_labels": 2, "problem_type": "multi_label_classification"}
+    several = save_tiny_model(tmp_path / "several", head_cls="sequence", **several)
+    tokens = tiny_model("bert")
+    tokens.config.architectures = ["BertForTokenClassification"]
+    tokens.config.save_pretrained(tmp_path / "tokens")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokens")
+    for model, said in (
+        (several, "may give a row several labels .* gives it one"),
+        (str(tmp_path / "tokens"), "no head for labels of whole texts"),
+    ):
+        assert main(["evaluate", "--model", model, "--task", place["task"]]) == 2
+        assert re.search(f"the model {said}|model=.* {said}", capsys.readouterr().err)
+        words = ["--task", place["task"], "--objective", "att_kl"]
+        assert distill(place | {"teacher": model}, tmp_path / "out", *words) == 2
+        assert re.search(f"the teacher {said}|teacher=.* {said}", capsys.readouterr().err)
 
 
 def test_a_stage_is_not_judged_by_a_head_that_nothing_has_trained(place, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import tiny_model
 from training_fakes import VOCAB, collate, examples, same_state
 
@@ -157,6 +158,15 @@ def test_fine_tuning_learns_and_the_exported_model_predicts_the_same(tmp_path):
     again, _ = predict(loaded, data, collate, batch_size=7)
     np.testing.assert_allclose(again, logits, rtol=1e-4, atol=1e-5)
     assert labels.tolist() == [row["labels"] for row in data]
+
+
+def test_supervised_takes_several_labels_as_integers():
+    kind = {"problem_type": "multi_label_classification"}
+    model = tiny_model("roberta", hidden=16, heads=2, head_cls="sequence", **kind)
+    batch = collate(examples(3)) | {"labels": torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]])}
+    output = Supervised(model)(batch)
+    want = F.binary_cross_entropy_with_logits(output.logits, batch["labels"].float())
+    torch.testing.assert_close(output.loss, want)
 
 
 def test_supervised_refuses_what_has_no_labels(tmp_path):

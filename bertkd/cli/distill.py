@@ -242,8 +242,8 @@ def _head(config: Config, workload: Workload, saved: str | None) -> str | None:
                 f"teacher={config.teacher!r} has no head for masked words; leave out --masked."
             )
         raise ValueError(
-            f"teacher={config.teacher!r} has not been fine-tuned on a labelled task; make a teacher of it "
-            "first: bertkd finetune --model ... --task ..."
+            f"teacher={config.teacher!r} has no head for labels of whole texts; make a teacher of it first: bertkd "
+            "finetune --model ... --task ..."
         )
     return workload.head
 

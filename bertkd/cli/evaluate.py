@@ -81,7 +81,7 @@ def prepare(config: Config) -> Callable[[], None]:
     for name, path in paths.items():
         if workload.head == "labels" and head_of(configs[name]) != "labels":
             raise ValueError(
-                f"{name}={path!r} has no head for labels; fine-tune it on the task first."
+                f"{name}={path!r} has no head for labels of whole texts; fine-tune it on the task first."
             )
         models[name] = load_model(path, name, workload.head)
         if workload.task is not None:

@@ -184,7 +184,7 @@ def check_labels(model: nn.Module, task: TaskData, role: str = "model") -> None:
     warning. ``role`` is what the messages call the model.
 
     Raises:
-        ValueError: another number of labels, other names or another order.
+        ValueError: another number of labels, other names or another order, or several labels a row.
     """
     if _refuse_others(model, task, role):
         taken = [f"LABEL_{number} for {name!r}" for number, name in enumerate(task.label_names)]
@@ -205,6 +205,11 @@ def _refuse_others(model: nn.Module, task: TaskData, role: str) -> bool:
         raise ValueError(
             f"the {role} predicts {config.num_labels} labels, task {task.name} has "
             f"{task.num_labels}: fine-tune a {role} on this task"
+        )
+    if config.problem_type == "multi_label_classification":
+        raise ValueError(
+            f"the {role} may give a row several labels (problem_type={config.problem_type!r}), task {task.name} "
+            f"gives it one: fine-tune a {role} on this task"
         )
     names = class_names(config)
     if task.label_names and names not in (None, list(task.label_names)):

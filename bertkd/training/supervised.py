@@ -48,6 +48,8 @@ class Supervised(nn.Module):
                 "AutoModelForSequenceClassification"
             )
         self.student = model
+        kind = getattr(getattr(model, "config", None), "problem_type", None)
+        self._several_labels = kind == "multi_label_classification"
 
     def forward(self, batch: Mapping[str, Tensor]) -> SupervisedOutput:
         """The model's own loss on ``batch``; columns its forward does not know are left out.
@@ -57,6 +59,9 @@ class Supervised(nn.Module):
         """
         if "labels" not in batch:
             raise ValueError(f"batch has no 'labels', only {', '.join(batch)}")
+        if self._several_labels:
+            # The models' binary cross-entropy takes no integers.
+            batch = {**batch, "labels": batch["labels"].float()}
         output = self.student(**accepted(self.student, batch))
         loss = output.loss.float()
         return SupervisedOutput(loss=loss, terms={"ce": loss.detach()}, logits=output.logits)
