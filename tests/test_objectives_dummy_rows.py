@@ -37,6 +37,31 @@ def test_rows_of_pads_count_nowhere(head_cls, objective, overrides):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:a batch of 1 has no negatives")
+@pytest.mark.parametrize("mode", ["bank", "batch", "queue"])
+def test_rows_of_pads_are_no_examples_of_a_contrast(mode):
+    teacher = tiny_model("bert", layers=4)
+    student = tiny_model("bert", seed=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    batch = tiny_batch(teacher, length=9) | {"index": torch.arange(3), "labels": torch.arange(3)}
+    # The index of one of them is an example's, that of the other is none.
+    filled = {"index": torch.tensor([0, -1]), "labels": torch.tensor([1, -100])}
+    padded = {
+        name: torch.cat((x, filled.get(name, torch.zeros_like(x[:2])))) for name, x in batch.items()
+    }
+    found = []
+    for each in (batch, padded):
+        student.zero_grad()
+        distiller = Distiller(teacher, student, f"hid_cls_contrast(mode='{mode}')", num_examples=9)
+        loss = distiller.train()(each).loss
+        loss.backward()
+        grads = [p.grad for p in distiller.parameters() if p.grad is not None]
+        found.append([loss.detach(), *grads, *distiller.objective.buffers()])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    padded["attention_mask"] = torch.zeros_like(padded["attention_mask"])
+    assert distiller(padded).loss == 0
+
+
 @pytest.mark.parametrize("objective", INSIDES)
 def test_a_batch_of_nothing_but_pads_is_worth_nothing(objective):
     batch = tiny_batch(tiny_model("bert"), batch=2, length=9)

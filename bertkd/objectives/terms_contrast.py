@@ -36,8 +36,8 @@ class HidCLSContrast(Term):
     ``mode`` "bank" keeps an embedding of every training example (needs ``num_examples`` and
     ``batch["index"]``); "batch" and "queue" need neither. ``map`` "all" joins every state, anything
     else the states of its pairs. Class labels in the batch keep examples of one class from being each
-    other's negatives. A sequence of pads only is an example like any other here. ``@released`` is the bank with the
-    paper's settings.
+    other's negatives. Sequences of pads only are left out, but in graphs (torch.compile, CUDA graphs), whose sizes are
+    fixed. ``@released`` is the bank with the paper's settings.
 
     Source: Tian et al. 2020 (CRD); the paper's Hid-CLS-Contrast.
     """
@@ -126,10 +126,17 @@ class HidCLSContrast(Term):
             torch.cat([step.first_token(side.states[i]) for i in states], -1)
             for side, states in zip((step.student, step.teacher), self.states, strict=True)
         )
-        labels = step.batch.get("labels")
+        index, labels = step.batch.get("index"), step.batch.get("labels")
         # Labels per token say nothing about the sequence.
         labels = labels if labels is not None and labels.ndim == 1 else None
-        return self.contrast(ours, theirs, index=step.batch.get("index"), labels=labels)
+        rows = _examples(step)
+        if rows is None:
+            return self.contrast(ours, theirs, index=index, labels=labels)
+        # Where there is none, one stands in for nothing: processes wait for each other in here.
+        worth, rows = float(len(rows) > 0), rows if len(rows) else rows.new_zeros(1)
+        ours, theirs = (x[rows.to(x.device)] for x in (ours, theirs))
+        index, labels = (None if x is None else x[rows.to(x.device)] for x in (index, labels))
+        return worth * self.contrast(ours, theirs, index=index, labels=labels)
 
     def memory(self, shape: Shape) -> Memory:
         """The joined features, and the stored embeddings: there is nothing to fuse."""
@@ -140,3 +147,13 @@ class HidCLSContrast(Term):
     def map_text(self) -> str:
         """The states joined."""
         return self._map
+
+
+def _examples(step: StepContext) -> Tensor | None:
+    """Numbers of the sequences with a real token; None for all."""
+    real = step.examples
+    if real is None or torch.compiler.is_compiling():
+        return None
+    if real.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return real.nonzero()[:, 0]
