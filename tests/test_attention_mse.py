@@ -139,6 +139,17 @@ def test_fully_masked_sequences_are_zero(gram, monkeypatch, poisoned):
         assert (grad[1] == 0).all()
 
 
+def test_gradients_in_float16_are_finite_where_scores_are_far_apart():
+    # Summed over the keys they would leave its range, however small the loss scale.
+    student, teacher = qkv(1, 2, 256, 64, seed=0, spread=16.0), qkv(1, 2, 256, 64, seed=1)
+    (student, teacher) = ([x.half() for x in side] for side in (student, teacher))
+    _, *grads = value_and_grads(functional.attention_mse, student, *teacher)
+    exact = [[x.double() for x in side] for side in (student, teacher)]
+    _, *wanted = value_and_grads(functional.attention_mse, exact[0], *exact[1])
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3 * want.abs().max())
+
+
 def test_released_threshold_zeroes_low_scores():
     student, teacher = qkv(1, 1, 16, 4, seed=0, spread=8.0), qkv(1, 1, 16, 4, seed=1, spread=8.0)
     maps = [(q @ k.transpose(-1, -2)) / 2 for q, k in (student, teacher)]

@@ -261,11 +261,15 @@ def total_loss(
         # In the weights it costs no pass over the gradients, and these are rounded once. Float16 has no
         # room for the gradients of a mean: there they are divided in float32, together with the loss scale.
         row_weight, divisor = _divided(row_weight, divisor), None
+    if divisor is not None and op == "attention_mse":
+        # Nor for sums over all keys of differences that have no bound: those are divided by the keys at once.
+        keys = row_weight.shape[-1]
+        row_weight, divisor = _divided(row_weight, keys), divisor / keys
     loss = _total_loss(op, impl, row_weight, flat, groups, wrt)
     return loss if divisor is None else loss / divisor
 
 
-def _divided(weight: Tensor, divisor: Tensor) -> Tensor:
+def _divided(weight: Tensor, divisor: Tensor | int) -> Tensor:
     """``weight / divisor``, still expanded where ``weight`` was: who reads it looks at one head for all."""
     once = weight
     for dim, (size, stride) in enumerate(zip(weight.shape, weight.stride(), strict=True)):
