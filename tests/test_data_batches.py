@@ -87,6 +87,8 @@ def test_collator_refuses():
         Collator(tokenizer, 8.0)
     with pytest.raises(ValueError, match="an example has 3 input_ids, but 2 attention_mask"):
         collate([{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}])
+    with pytest.raises(ValueError, match=r"have 1, 2 labels each; .* DataCollatorForTokenClassif"):
+        collate([{"input_ids": [1] * n, "labels": [0] * n} for n in (1, 2)])
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match=r"no pad token: set tokenizer\.pad_token"):
         Collator(tokenizer)

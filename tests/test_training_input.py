@@ -174,6 +174,12 @@ def test_predict_names_what_it_cannot_use():
             predict(model, examples(3), collate, batch_size=size)
     with pytest.raises(TypeError, match="BertModel, which gives no logits"):
         predict(model, examples(3), collate)
+    words = tiny_model("bert", hidden=16, heads=2, vocab_size=VOCAB, head_cls="mlm")
+    data = [{"input_ids": [1] * n, "labels": 0, "index": 0} for n in (3, 5)]
+    with pytest.raises(
+        ValueError, match=r"BertForMaskedLM, whose logits .* \(\(3, .*pad all examples"
+    ):
+        predict(words, data, collate, batch_size=1)
     assert torch.is_grad_enabled()
 
 

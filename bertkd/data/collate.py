@@ -31,7 +31,7 @@ class Collator:
     Raises:
         TypeError: ``pad_to_multiple_of`` is no whole number.
         ValueError: the tokenizer has no pad token; or, when called, no examples, examples with
-            different keys, or one whose masks or types are not as many as its tokens.
+            different keys or numbers of labels, or one whose masks or types are not as many as its tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 8) -> None:
@@ -77,6 +77,13 @@ class Collator:
             ones = [[1] * len(example["input_ids"]) for example in examples]
             batch["attention_mask"] = self._pad(ones, width, 0)
         if "labels" in examples[0]:
+            several = [x["labels"] for x in examples if isinstance(x["labels"], (list, tuple))]
+            counts = sorted({len(labels) for labels in several})
+            if len(counts) > 1:
+                raise ValueError(
+                    f"the examples have {', '.join(map(str, counts))} labels each; labels of tokens are padded "
+                    "by transformers' DataCollatorForTokenClassification, which takes the place of this collator"
+                )
             labels = torch.as_tensor([example["labels"] for example in examples])
             batch["labels"] = labels.float() if labels.is_floating_point() else labels.long()
         if "index" in examples[0]:

@@ -49,11 +49,12 @@ def predict(
         autocast: run the forward in this dtype; None in the weights' own.
 
     Returns:
-        Logits (N, C) in fp32 and labels (N,), None where there are none, in the order of ``data``.
+        Logits (N, C), or (N, L, C) of tokens, in fp32 and labels (N,) or (N, L), None where there are none,
+        in the order of ``data``.
 
     Raises:
         TypeError, ValueError: ``data`` is no sequence of examples, or empty; a ``batch_size`` below 1; a
-            ``model`` that gives no logits.
+            ``model`` that gives no logits, or those of tokens in batches of different lengths.
     """
     whole_number("batch_size", batch_size, least=1)
     lengths = example_lengths(data, "data")
@@ -78,6 +79,12 @@ def predict(
             logits.append(output.logits.float().cpu())
     finally:
         model.train(was_training)
+    sizes = sorted({tuple(part.shape[1:]) for part in logits})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose logits have other sizes in every batch ({sizes[0]} and "
+            f"{sizes[-1]} an example): pad all examples to one length in collate, e.g. with padding='max_length'"
+        )
     back = np.argsort(order)
     found = torch.cat(logits).numpy()[back]
     return found, torch.cat(labels).numpy()[back] if labels else None
