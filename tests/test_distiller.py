@@ -201,15 +201,21 @@ def test_losses_are_computed_in_float32_under_autocast(narrow):
     output.loss.backward()
 
 
-def test_accumulated_halves_give_the_gradient_of_the_whole_batch():
+@pytest.mark.parametrize(
+    ("objective", "power"), [("hid_cls + pkd + alp + pool", 0), (BOTH, 1), ("att_mse", 2)]
+)
+def test_accumulated_parts_are_weighed_by_what_they_share(objective, power):
+    """By sentences, by tokens, by pairs of tokens."""
     teacher, student = models()
-    distiller = Distiller(teacher, student, BOTH)
-    batch = tiny_batch(teacher, batch=4, padding=None)
+    distiller = Distiller(teacher, student, objective)
+    batch = tiny_batch(teacher, batch=4)
     distiller(batch).loss.backward()
     whole = gradients(distiller)
     distiller.zero_grad()
-    for part in (slice(0, 2), slice(2, 4)):
-        (distiller({key: value[part] for key, value in batch.items()}).loss / 2).backward()
+    counted = batch["attention_mask"].sum(1) ** power
+    for part in (slice(0, 1), slice(1, 4)):
+        loss = distiller({key: value[part] for key, value in batch.items()}).loss
+        (loss * counted[part].sum() / counted.sum()).backward()
     torch.testing.assert_close(gradients(distiller), whole, rtol=1e-4, atol=1e-6)
 
 
