@@ -2,8 +2,8 @@
 
 PyTorch's scaled dot product attention has no dropout in its kernel for CPUs: a student that trains with the usual
 0.1 makes its (B, H, L, L) maps after all. ``bertkd.ops.self_attention`` makes none, and is the faster one without
-dropout too. What it cannot do (causal or windowed attention, other devices, export to TorchScript and ONNX)
-is handed on to SDPA, call by call.
+dropout too. Keys outside of a window, as ModernBERT's local blocks have, it does not visit, while SDPA computes all.
+What it cannot do (causal attention, other devices, export to TorchScript and ONNX) is handed on to SDPA, call by call.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 # Hugging Face's name of the implementation, as in ``model.set_attn_implementation``.
 NAME = "bertkd_cpu"
 
-# Keyword arguments of an attention function that change its result and are not known to the kernel.
-_FOREIGN = ("position_bias", "softcap", "sliding_window", "cache", "s_aux")
+# Keyword arguments of an attention function that change its result and are not known to the kernel. How wide a window
+# is says the mask, as to SDPA: of what models hand over here, some add one to it and some do not.
+_FOREIGN = {"position_bias", "softcap", "sliding_window", "cache", "s_aux"}
 
 
 def use_cpu_attention(model: PreTrainedModel) -> str | None:
@@ -92,17 +93,27 @@ def make_mask(
     allow_is_bidirectional_skip: bool = False,
     **options: Any,
 ) -> Tensor | None:
-    """A mask function of transformers: the (B, L) mask of pads where that is all, else SDPA's (B, 1, L, L)."""
+    """A mask function of transformers: the (B, L) mask of pads where that is all, else SDPA's (B, 1, L, L).
+
+    Of pads and a window it is (B, L, window + 1), the mask of pads expanded: `attend` reads the window off its shape.
+    """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
+    window = options.get("local_size")
     if (
-        mask_function is bidirectional_mask_function
-        # Otherwise the caller wants to add to the mask.
+        (mask_function is bidirectional_mask_function or window is not None)
+        # Otherwise the caller wants to add to the mask. With it, transformers itself takes a mask for one of pads and
+        # of the local size, if there is one: where all keys are inside it makes none.
         and allow_is_bidirectional_skip
         and q_length == kv_length
         and (attention_mask is None or attention_mask.shape == (batch_size, kv_length))
     ):
-        return attention_mask
+        if window is None:
+            return attention_mask
+        if attention_mask is None:
+            shape, device = (batch_size, kv_length), options.get("device")
+            attention_mask = torch.ones(shape, dtype=torch.bool, device=device)
+        return attention_mask[:, :, None].expand(-1, -1, window + 1)
     return sdpa_mask(
         batch_size,
         q_length,
@@ -128,22 +139,27 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: (B, H, L, D) to (B, L, H, D), and no map."""
-    # Two dimensions are make_mask's: pads, and attention in both directions.
-    mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+    mask, window = _pads_and_window(attention_mask)
     if mask is not None:
         is_causal = False
     elif is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    foreign = _FOREIGN if window is None else _FOREIGN - {"sliding_window"}
     if (
         not is_causal
-        and mask is attention_mask
-        and all(options.get(name) is None for name in _FOREIGN)
+        and (mask is not None or attention_mask is None)
+        and all(options.get(name) is None for name in foreign)
         and _suits(query, key, value, dropout)
     ):
-        out = self_attention(query, key, value, mask, scale=scaling, dropout=float(dropout))
+        out = self_attention(
+            query, key, value, mask, scale=scaling, dropout=float(dropout), window=window
+        )
         return out.transpose(1, 2), None
     if mask is not None:
         attention_mask = mask[:, None, None, :].expand(-1, -1, query.shape[2], -1)
+        if window is not None:
+            at = torch.arange(query.shape[2], device=query.device)
+            attention_mask = attention_mask.bool() & ((at[:, None] - at).abs() <= window)
     sdpa = _sdpa()
     return sdpa(
         module,
@@ -156,6 +172,13 @@ def attend(
         is_causal=is_causal,
         **options,
     )
+
+
+def _pads_and_window(mask: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """What `make_mask` has put into two or three dimensions; of others, which are not its own, nothing."""
+    if mask is None or mask.ndim > 3:
+        return None, None
+    return (mask, None) if mask.ndim == 2 else (mask[..., 0], mask.shape[2] - 1)
 
 
 def _suits(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:

@@ -71,15 +71,17 @@ void self_relation_kl(const Attention& args);
 // Row i: sum over the real keys of its window of (scale_s a_s_i . b_s - scale_t a_t_i . b_t)^2.
 void attention_mse(const Attention& args);
 
-// softmax(scale q k^T) v over the real keys, (B, H, L, width) all of them, with dropout of the map:
-// a pair is dropped with probability `dropout`, by a hash of `seed` and its place, and the others
-// are divided by 1 - dropout. A row without any key is 0. Forward (grad_out.data null): writes
-// `out` and `stats`, contiguous (B, H, L, 2), a row's largest score in units of log 2 and one over
-// its sum of exponentials. Backward: reads both, writes the three gradients.
+// softmax(scale q k^T) v over the real keys of a row's window, (B, H, L, width) all of them, with
+// dropout of the map: a pair is dropped with probability `dropout`, by a hash of `seed` and its
+// place, and the others are divided by 1 - dropout. A row without any key is 0. Forward
+// (grad_out.data null): writes `out` and `stats`, contiguous (B, H, L, 2), a row's largest score in
+// units of log 2 and one over its sum of exponentials. Backward: reads both, writes the three
+// gradients.
 struct SelfAttention {
   int64_t batch, heads, length;
   Heads q, k, v;
   Mask mask;
+  int64_t window = -1;  // as of Attention
   float scale, dropout;
   uint64_t seed;
   Heads out;

@@ -113,11 +113,12 @@ void bind_attention(py::module_& module, const std::string& name, AttentionOp ru
 bertkd::SelfAttention self_attention(const Shape& shape, const HeadsTuple& q, const HeadsTuple& k,
                                      const HeadsTuple& v, const std::optional<MaskTuple>& mask,
                                      float scale, float dropout, int64_t seed,
-                                     const HeadsTuple& out, int64_t stats, int threads) {
+                                     const HeadsTuple& out, int64_t stats, int threads,
+                                     int64_t window) {
   bertkd::SelfAttention args = {};
   args.batch = shape[0], args.heads = shape[1], args.length = shape[2];
   args.q = heads(q), args.k = heads(k), args.v = heads(v), args.out = heads(out);
-  args.mask = key_mask(mask);
+  args.mask = key_mask(mask), args.window = window;
   args.scale = scale, args.dropout = dropout, args.seed = static_cast<uint64_t>(seed);
   args.stats = pointer<float>(stats), args.threads = threads;
   return args;
@@ -126,8 +127,9 @@ bertkd::SelfAttention self_attention(const Shape& shape, const HeadsTuple& q, co
 void self_attention_fwd(const Shape& shape, const HeadsTuple& q, const HeadsTuple& k,
                         const HeadsTuple& v, const std::optional<MaskTuple>& mask, float scale,
                         float dropout, int64_t seed, const HeadsTuple& out, int64_t stats,
-                        int threads) {
-  const auto args = self_attention(shape, q, k, v, mask, scale, dropout, seed, out, stats, threads);
+                        int threads, int64_t window) {
+  const auto args =
+      self_attention(shape, q, k, v, mask, scale, dropout, seed, out, stats, threads, window);
   py::gil_scoped_release unlocked;
   bertkd::self_attention(args);
 }
@@ -137,8 +139,9 @@ void self_attention_bwd(const Shape& shape, const HeadsTuple& grad_out, const He
                         const std::optional<MaskTuple>& mask, float scale, float dropout,
                         int64_t seed, const HeadsTuple& out, int64_t stats,
                         const HeadsTuple& grad_q, const HeadsTuple& grad_k,
-                        const HeadsTuple& grad_v, int threads) {
-  auto args = self_attention(shape, q, k, v, mask, scale, dropout, seed, out, stats, threads);
+                        const HeadsTuple& grad_v, int threads, int64_t window) {
+  auto args =
+      self_attention(shape, q, k, v, mask, scale, dropout, seed, out, stats, threads, window);
   args.grad_out = heads(grad_out), args.grad_q = heads(grad_q);
   args.grad_k = heads(grad_k), args.grad_v = heads(grad_v);
   // Without one the forward would run, and write where it must not.
@@ -211,12 +214,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("self_attention_fwd", &self_attention_fwd, py::arg("shape"), py::arg("q"),
              py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("scale"), py::arg("dropout"),
              py::arg("seed"), py::arg("out"), py::arg("stats"), py::arg("threads"),
+             py::arg("window") = -1,
              "softmax(scale q k^T) v to `out`, what the backward needs of the rows to fp32 (B, H, "
              "L, 2) at `stats`.");
   module.def("self_attention_bwd", &self_attention_bwd, py::arg("shape"), py::arg("grad_out"),
              py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("scale"),
              py::arg("dropout"), py::arg("seed"), py::arg("out"), py::arg("stats"),
              py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads"),
+             py::arg("window") = -1,
              "The gradients of q, k and v from what self_attention_fwd wrote.");
   module.def("hidden_mse", &hidden_mse, py::arg("count"), py::arg("row_weight"), py::arg("h_s"),
              py::arg("h_t"), py::arg("grad"), py::arg("loss"), py::arg("threads"),

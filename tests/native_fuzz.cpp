@@ -242,6 +242,7 @@ void networks(Source& from) {
   args.scale = from.real();
   args.dropout = from.byte() % 2 ? 0.f : from.real() / 4.f;
   args.seed = from.word();
+  args.window = from.byte() % 2 ? -1 : from.number(40);
   const int64_t width = 1 + from.byte() % 40;
   bertkd::Heads* const tensors[] = {&args.q,        &args.k,      &args.v,      &args.out,
                                     &args.grad_out, &args.grad_q, &args.grad_k, &args.grad_v};
@@ -251,7 +252,8 @@ void networks(Source& from) {
   std::vector<float> stats = numbers(memory, args, 2);
   args.stats = from.rarely() ? nullptr : stats.data();
   const bool backward = args.grad_out.data != nullptr;
-  bool is_wrong = !std::isfinite(args.scale) || !(args.dropout >= 0.f && args.dropout < 1.f);
+  bool is_wrong = !std::isfinite(args.scale) || !(args.dropout >= 0.f && args.dropout < 1.f) ||
+                  args.window < -1;
   for (int i = 0; stats.size() > 1 && i < (backward ? 8 : 4); ++i) {
     const bool written = i == 3 ? !backward : i > 4;
     is_wrong |= wrong(args, *tensors[i], nullptr) || tensors[i]->width != args.q.width ||

@@ -210,6 +210,7 @@ void run_self_attention(const Case& c, float dropout) {
   args.batch = c.b, args.heads = c.h, args.length = c.l, args.threads = c.threads;
   args.q = q.heads(), args.k = k.heads(), args.v = v.heads(), args.out = out.heads();
   if (c.mask) args.mask = {mask.data(), c.l, 1};
+  args.window = c.window;
   args.scale = 0.3f, args.dropout = dropout, args.seed = 7, args.stats = stats.data();
   bertkd::self_attention(args);
   args.grad_out = grad_out.heads(), args.grad_q = grad_q.heads();
@@ -224,7 +225,7 @@ void run_self_attention(const Case& c, float dropout) {
         std::vector<double> p(static_cast<size_t>(c.l)), slope(p.size());
         double sum = 0, mean = 0;
         for (int64_t j = 0; j < c.l; ++j)
-          if (mask[static_cast<size_t>(b * c.l + j)])
+          if (mask[static_cast<size_t>(b * c.l + j)] && c.sees(i, j))
             sum += p[static_cast<size_t>(j)] = std::exp(0.3 * dot(q, k, b, h, i, j));
         for (int64_t j = 0; j < c.l && sum > 0; ++j) {
           const auto at = static_cast<size_t>(j);
@@ -341,6 +342,11 @@ void run_all() {
                             pairs[turn % 4][1], 1 + turn % 2},
                            turn % 3 ? 0.f : 0.25f);
   run_self_attention({1, 2, 300, 8, 0, 2, f32, f32, 2}, 0.f);
+  for (int64_t window : {0, 3, 16, 60, 1000})
+    for (int mask = 0; mask < 4; ++mask, ++turn)
+      run_self_attention(
+          {1 + turn % 2, 1, 40 + 50 * (turn % 3), 8, 0, mask, f32, f32, 1 + turn % 2, window},
+          turn % 2 ? 0.f : 0.25f);
   for (int64_t rows : {1, 3, 70})
     for (int64_t width : {1, 6, 16, 31, 515, 1100})
       for (const auto& p : pairs) run_rows(rows, width, p[0], p[1], 1 + turn++ % 2);

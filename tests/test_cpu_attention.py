@@ -20,12 +20,12 @@ pytestmark = needs_native
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The shapes that the kernel is called with, and the dropout."""
+    """The shapes that the kernel is called with, the dropout, and the window."""
     seen = []
     kernel = cpu_attention.self_attention
 
     def counted(query, *args, **options):
-        seen.append((tuple(query.shape), options["dropout"]))
+        seen.append((tuple(query.shape), options["dropout"], options["window"]))
         return kernel(query, *args, **options)
 
     monkeypatch.setattr(cpu_attention, "self_attention", counted)
@@ -65,7 +65,8 @@ def test_a_model_computes_what_it_did(model_type, padding, calls):
     actual = state_and_gradients(model, batch)
     assert_close(actual, expected)
     # ModernBERT's first block attends to everything, the next two to a window.
-    assert len(calls) == (1 if model_type == "modernbert" else 3)
+    local = 4 if model_type == "modernbert" else None
+    assert [window for *_, window in calls] == [None, local, local]
 
 
 def test_dropout_is_the_kernels_and_follows_the_seed(calls):
@@ -78,7 +79,7 @@ def test_dropout_is_the_kernels_and_follows_the_seed(calls):
         return model(**batch).last_hidden_state
 
     first = state(0)
-    assert {dropout for _, dropout in calls} == {0.3}
+    assert {dropout for _, dropout, _ in calls} == {0.3}
     assert torch.equal(first, state(0))
     assert not torch.allclose(first, state(1))
 
@@ -96,9 +97,10 @@ def test_checkpointed_blocks_give_the_same_gradients(calls):
     assert len(calls) == 6
 
 
-def test_a_compiled_model_computes_the_same(calls):
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_a_compiled_model_computes_the_same(model_type, calls):
     torch._dynamo.reset()
-    model = tiny_model("bert")
+    model = tiny_model(model_type, **({"local_attention": 8} if model_type == "modernbert" else {}))
     batch = tiny_batch(model, padding="right")
     expected = state_and_gradients(model, batch)
     use_cpu_attention(model)
@@ -200,6 +202,55 @@ def test_half_precision_is_left_to_better_instructions(
     module.is_causal = False
     attend(module, query, key, key, None, dropout=dropout)
     assert bool(calls) == kernel
+
+
+def window_masks(length=10, window=2, **options):
+    """The mask of pads and a window for the kernel, and SDPA's."""
+    from transformers.masking_utils import create_bidirectional_sliding_window_mask
+
+    pads = torch.ones(2, length, dtype=torch.bool)
+    pads[0, length - 4 :] = False
+    config = tiny_model("modernbert", local_attention=2 * window).config
+    masks = []
+    for config._attn_implementation in (NAME, "sdpa"):
+        masks.append(
+            create_bidirectional_sliding_window_mask(
+                config=config,
+                inputs_embeds=torch.zeros(2, length, 4),
+                attention_mask=pads,
+                **options,
+            )
+        )
+    return masks
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "kernel"),
+    [(torch.float32, 0.0, True), (torch.float32, 0.5, True), (torch.float64, 0.0, False)],
+)
+def test_a_window_is_the_masks(dtype, dropout, kernel, calls):
+    cpu_attention.register()
+    ours, theirs = window_masks()
+    assert ours.shape == (2, 10, 3)
+    assert theirs.shape == (2, 1, 10, 10)
+    query, key = heads(10, dtype=dtype)
+    module = nn.Module()
+    # Whether the number that a model hands over is one more than the mask allows is its own affair.
+    for number in (2, 3):
+        out, _ = attend(module, query, key, key, ours, dropout=dropout, sliding_window=number)
+    assert [window for *_, window in calls] == ([2, 2] if kernel else [])
+    if not dropout:
+        want = nn.functional.scaled_dot_product_attention(query, key, key, theirs)
+        # Two of the pads see no real token.
+        rows = theirs.any(-1).expand(-1, 2, -1)
+        torch.testing.assert_close(out.transpose(1, 2)[rows], want[rows])
+
+
+def test_a_window_that_something_is_added_to_is_made_in_full():
+    cpu_attention.register()
+    ours, theirs = window_masks(and_mask_function=lambda b, h, q, k: k != 1)
+    assert torch.equal(ours, theirs)
+    assert not ours[..., 1].any()
 
 
 def test_masks_that_are_more_than_pads_are_made_in_full():

@@ -116,9 +116,9 @@ def self_attention_arguments():
     mask, stats = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 2, 5, 2)
     keep = (*tensors, mask, stats)
     args = [(2, 2, 5), *map(heads, tensors[:4]), (mask.data_ptr(), mask.stride()), 0.5, 0.25, 1,
-            heads(tensors[4]), stats.data_ptr(), *map(heads, tensors[5:]), 1]  # fmt: skip
+            heads(tensors[4]), stats.data_ptr(), *map(heads, tensors[5:]), 1, 2]  # fmt: skip
     kinds = ["shape", *["tensor"] * 4, "mask", "scale", "probability", "seed",
-             "tensor", "address", *["tensor"] * 3, "threads"]  # fmt: skip
+             "tensor", "address", *["tensor"] * 3, "threads", "window"]  # fmt: skip
     return keep, args, kinds
 
 

@@ -15,14 +15,16 @@ from bertkd.ops.self_attention import self_attention
 pytestmark = needs_native
 
 
-def plain(q, k, v, mask, scale, kept=1.0):
+def plain(q, k, v, mask, scale, kept=1.0, window=None):
     """The definition, with a map; ``kept`` multiplies it as dropout does."""
-    scores = q @ k.transpose(-1, -2) * scale
+    at = torch.arange(q.shape[2])
+    seen = (at[:, None] - at).abs() <= (q.shape[2] if window is None else window)
     if mask is not None:
-        scores = scores.masked_fill(~mask.bool()[:, None, None, :], torch.finfo(q.dtype).min / 4)
-    out = torch.softmax(scores, -1) * kept @ v
-    # A sequence without a real token attends to nothing.
-    return out if mask is None else out * mask.bool().any(-1)[:, None, None, None]
+        seen = seen & mask.bool()[:, None, None, :]
+    scores = q @ k.transpose(-1, -2) * scale
+    scores = scores.masked_fill(~seen, torch.finfo(q.dtype).min / 4)
+    # A row without a key attends to nothing.
+    return (torch.softmax(scores, -1) * kept @ v) * seen.any(-1, keepdim=True)
 
 
 def inputs(batch, heads, length, width, seed, dtype=torch.float32, spread=1.0):
@@ -37,7 +39,7 @@ def value_and_gradients(attend, q, k, v, grad):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
-def rounding(q, k, v, grad, mask, scale):
+def rounding(q, k, v, grad, mask, scale, window):
     """What fp32 rounding of every number that is added may sum up to (a norm), for output and gradients.
 
     The gradient of a score is a difference of inner products with upstream gradients, which need not be small where
@@ -47,7 +49,7 @@ def rounding(q, k, v, grad, mask, scale):
     keys = torch.ones(q.shape[0], q.shape[2]) if mask is None else mask.double()
     # The map, as what it makes of the unit matrix.
     unit = torch.eye(q.shape[2], dtype=q.dtype).expand(*q.shape[:2], -1, -1)
-    p = plain(q, k, unit, keys, scale)
+    p = plain(q, k, unit, keys, scale, window=window)
     of_scores = p * (grad.abs() @ v.abs().transpose(-1, -2)) * scale
     parts = p @ v.abs(), of_scores @ k.abs(), of_scores.mT @ q.abs(), p.mT @ grad.abs()
     return [eps * part.norm() for part in parts]
@@ -61,21 +63,26 @@ def rounding(q, k, v, grad, mask, scale):
     heads=st.integers(1, 3),
     length=st.one_of(st.integers(1, 70), st.integers(1, 300)),
     width=st.integers(1, 128),
+    window=st.one_of(st.none(), st.integers(0, 20), st.integers(0, 150)),
     masked=st.booleans(),
     scale=st.sampled_from([None, 0.02, 0.5]),
     seed=st.integers(0, 99),
 )
-def test_it_equals_the_definition(isa, threads, batch, heads, length, width, masked, scale, seed):
+def test_it_equals_the_definition(
+    isa, threads, batch, heads, length, width, window, masked, scale, seed
+):
     *tensors, grad = inputs(batch, heads, length, width, seed)
     mask = ragged_mask(batch, length, seed=seed, empty_row=seed % 3 == 0) if masked else None
     factor = width**-0.5 if scale is None else scale
     doubles = [x.double() for x in tensors]
-    expected = value_and_gradients(lambda *x: plain(*x, mask, factor), *doubles, grad)
+    expected = value_and_gradients(
+        lambda *x: plain(*x, mask, factor, window=window), *doubles, grad
+    )
     with machine(isa, threads):
         actual = value_and_gradients(
-            lambda *x: self_attention(*x, mask, scale=scale), *tensors, grad
+            lambda *x: self_attention(*x, mask, scale=scale, window=window), *tensors, grad
         )
-    floors = rounding(*doubles, grad.double(), mask, factor)
+    floors = rounding(*doubles, grad.double(), mask, factor, window)
     for got, want, floor in zip(actual, expected, floors, strict=True):
         error = (got.double() - want).norm()
         assert error <= 1e-5 * want.norm() + 4 * floor, f"{error:.1e} off, floor {floor:.1e}"
@@ -118,6 +125,40 @@ def test_sequences_without_a_token_give_zero_and_pads_no_gradient(isa, poisoned)
     for gradient in of_keys:
         assert (gradient[0, :, :5] == 0).all()
         assert (gradient[0, :, 5:30] != 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_without_a_key_in_their_window_are_zero(isa, poisoned):
+    *tensors, grad = inputs(1, 2, 120, 8, seed=0)
+    mask = torch.zeros(1, 120, dtype=torch.bool)
+    mask[:, 70:90] = True
+    with machine(isa):
+        out, grad_q, *of_keys = value_and_gradients(
+            lambda *x: self_attention(*x, mask, window=4), *tensors, grad
+        )
+    for result, first, last in ((out, 66, 94), (grad_q, 66, 94), *((x, 70, 90) for x in of_keys)):
+        inside = torch.zeros(120, dtype=torch.bool)
+        inside[first:last] = True
+        assert torch.isfinite(result).all()
+        assert ((result[0, 1] != 0).any(-1) <= inside).all()
+        assert (result[0, 1, 71:89] != 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_keys_far_outside_of_the_window_are_not_visited(isa):
+    """A product with their 0 would turn NaN into NaN."""
+    *tensors, grad = inputs(1, 2, 300, 8, seed=0)
+    with machine(isa):
+        results = []
+        for spoiled in (False, True):
+            if spoiled:
+                for x in (*tensors, grad):
+                    x[:, :, :100] = float("nan")
+            results.append(
+                value_and_gradients(lambda *x: self_attention(*x, window=16), *tensors, grad)
+            )
+    for got, want in zip(*reversed(results), strict=True):
+        assert torch.equal(got[:, :, 180:], want[:, :, 180:])
 
 
 def kept_pairs(batch, heads, length, dropout, seed):
@@ -165,7 +206,8 @@ def test_dropout_is_independent_between_rows_heads_and_seeds():
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dropout", [0.1, 0.6])
-def test_the_backward_drops_what_the_forward_dropped(dropout, isa):
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_backward_drops_what_the_forward_dropped(window, dropout, isa):
     *tensors, grad = inputs(2, 3, 64, 24, seed=4)
     mask = torch.ones(2, 64, dtype=torch.bool)
     mask[1, 50:] = False
@@ -176,11 +218,11 @@ def test_the_backward_drops_what_the_forward_dropped(dropout, isa):
         kept[0], kept[1, :, :, :50] = pairs[0], pairs[1, :, :, :50]
         torch.manual_seed(9)
         actual = value_and_gradients(
-            lambda *x: self_attention(*x, mask, dropout=dropout), *tensors, grad
+            lambda *x: self_attention(*x, mask, dropout=dropout, window=window), *tensors, grad
         )
     doubles = [x.double() for x in tensors]
     expected = value_and_gradients(
-        lambda *x: plain(*x, mask, 24**-0.5, kept.double()), *doubles, grad
+        lambda *x: plain(*x, mask, 24**-0.5, kept.double(), window), *doubles, grad
     )
     for got, want in zip(actual, expected, strict=True):
         assert relative(got, want) < 1e-5
@@ -276,10 +318,10 @@ def test_ops_pass_opcheck_and_compile():
         torch.ops.bertkd.self_attention_fwd.default,
         torch.ops.bertkd.self_attention_bwd.default,
     )
-    args = (*tensors, mask, seed, 0.3, 0.2)
+    args = (*tensors, mask, seed, 0.3, 0.2, 4)
     torch.library.opcheck(forward, args)
     out, stats = forward(*args)
-    torch.library.opcheck(backward, (out, *tensors, out, stats, mask, seed, 0.3, 0.2))
+    torch.library.opcheck(backward, (out, *tensors, out, stats, mask, seed, 0.3, 0.2, 4))
 
     compiled = torch.compile(
         lambda *x: self_attention(*x, mask).square(), fullgraph=True, backend="aot_eager"
@@ -299,6 +341,7 @@ def test_ops_pass_opcheck_and_compile():
         ({"mask": torch.ones(2, 5, device="meta")}, "mask must be .* on the CPU, got .* on meta"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
         ({"dropout": -0.1}, "dropout must be"),
+        ({"window": -1}, r"window \(tokens to either side\) must be at least 0, got -1"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -11,15 +11,16 @@ from bertkd.ops.autograd import first_order
 from bertkd.ops.native import self_attention as native
 from bertkd.ops.tensors import DTYPES
 
-_COMMON = "Tensor? mask, Tensor? seed, float scale, float dropout"
+# A window of -1 is none; the default lets programs run that were exported before there were any.
+_COMMON = "Tensor? mask, Tensor? seed, float scale, float dropout, int window=-1"
 _QKV = "Tensor q, Tensor k, Tensor v"
 
 
-def _fake_fwd(q, k, v, mask, seed, scale, dropout):
+def _fake_fwd(q, k, v, mask, seed, scale, dropout, window=-1):
     return native.empty_heads(q), native.empty_stats(q)
 
 
-def _fake_bwd(grad_out, q, k, v, out, stats, mask, seed, scale, dropout):
+def _fake_bwd(grad_out, q, k, v, out, stats, mask, seed, scale, dropout, window=-1):
     return native.empty_heads(q), native.empty_heads(k), native.empty_heads(v)
 
 
@@ -47,17 +48,17 @@ _BACKWARD = torch.ops.bertkd.self_attention_bwd.default
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, mask, seed, scale, dropout):
-        out, stats = _FORWARD(q, k, v, mask, seed, scale, dropout)
+    def forward(ctx: Any, q, k, v, mask, seed, *options):
+        out, stats = _FORWARD(q, k, v, mask, seed, *options)
         ctx.save_for_backward(q, k, v, out, stats, mask, seed)
-        ctx.options = scale, dropout
+        ctx.options = options
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_out):
         grads = _BACKWARD(grad_out, *ctx.saved_tensors, *ctx.options)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def self_attention(
@@ -68,6 +69,7 @@ def self_attention(
     *,
     scale: float | None = None,
     dropout: float = 0.0,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of a sequence to itself on a CPU, in memory that grows with L also where there is dropout.
 
@@ -81,13 +83,15 @@ def self_attention(
         scale: of the scores; ``D ** -0.5`` if None.
         dropout: probability with which a pair is dropped. The seed is drawn from PyTorch's default generator, so
             ``torch.manual_seed`` and checkpointing decide it.
+        window: how many tokens to either side a row attends to; all by default. A row without a key there is 0. Work
+            and memory are then O(L window).
 
     Returns:
         (B, H, L, D) in the inputs' dtype, in the memory order (B, L, H, D).
 
     Raises:
         RuntimeError: the native kernels are not built.
-        ValueError: shapes, dtypes or devices do not fit, or dropout is not in [0, 1).
+        ValueError: shapes, dtypes or devices do not fit, dropout is not in [0, 1), or window is negative.
     """
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape or x.dtype != q.dtype or q.ndim != 4:
@@ -107,6 +111,10 @@ def self_attention(
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    if window is not None and window < 0:
+        raise ValueError(f"window (tokens to either side) must be at least 0, got {window}")
+    # A window that holds every sequence takes nothing away.
+    width = window if window is not None and window < q.shape[2] - 1 else -1
     seed = torch.randint(-(2**63), 2**63 - 1, (), device="cpu") if dropout else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _SelfAttention.apply(q, k, v, mask, seed, scale, dropout)
+    return _SelfAttention.apply(q, k, v, mask, seed, scale, dropout, width)

@@ -163,6 +163,7 @@ void check_attention(const char* op, const Attention& args, Relation relation) {
 void check_self_attention(const SelfAttention& args) {
   const char* op = "self_attention";
   const bool any = check_shape(op, args), backward = args.grad_out.data != nullptr;
+  check_size({op, "window"}, args.window, -1);
   check_finite({op, "scale"}, args.scale);
   if (!(args.dropout >= 0.f && args.dropout < 1.f))
     refuse({op, "dropout"},

@@ -87,14 +87,28 @@ inline float weight_of(const Attention& args, int64_t b, int64_t h, int64_t i) {
   return w.data ? w.data[b * w.stride_b + h * w.stride_h + i * w.stride_l] : 1.f;
 }
 
-// Some neighbours among the packed keys of a head.
+// All rows attend, those of pads too.
+inline float weight_of(const SelfAttention&, int64_t, int64_t, int64_t) { return 1.f; }
+
+// Some neighbours among the packed keys of a head, and where the panels that hold them begin and
+// end.
 struct KeyRange {
   int32_t first, last;  // last is the first behind them
+
+  int64_t begin() const { return first / kPanel * kPanel; }
+  int64_t end() const { return round_up(last, kPanel); }
 };
+
+// What the panels of a row's scores hold beside its own keys is no score.
+inline void bar_others(float* scores, KeyRange own) {
+  for (int64_t j = own.begin(); j < own.first; ++j) scores[j] = kLow;
+  for (int64_t j = own.last; j < own.end(); ++j) scores[j] = kLow;
+}
 
 // Positions of the rows of (b, h) with a weight other than 0 and a key to compare, and which of the
 // n packed keys each of them compares.
-inline int64_t list_rows(const Attention& args, int64_t b, int64_t h, const int32_t* keys,
+template <class Args>
+inline int64_t list_rows(const Args& args, int64_t b, int64_t h, const int32_t* keys,
                          int64_t n, int32_t* rows, KeyRange* ranges) {
   const int64_t window = args.window < 0 ? args.length : args.window;
   int64_t count = 0, first = 0, last = 0;

@@ -21,7 +21,8 @@ inline int worth_threads(int threads, double operations) {
 }
 
 // How many scores a head has.
-inline double pairs_of_head(const Attention& args) {
+template <class Args>
+inline double pairs_of_head(const Args& args) {
   const double length = static_cast<double>(args.length);
   const double band = 2. * static_cast<double>(args.window) + 1.;
   return length * (args.window < 0 || band > length ? length : band);
@@ -75,10 +76,10 @@ struct Block {
   const KeyRange* ranges;  // what each of them compares
   int64_t m, tall;         // how many they are, and padded
 
-  // The packed keys that any of them compares, and the first one of the panels that hold these.
+  // The packed keys that any of them compares. A row of scores begins with their first panel.
   KeyRange keys() const { return {ranges[0].first, ranges[m - 1].last}; }
-  int64_t begin() const { return ranges[0].first / kPanel * kPanel; }
-  int64_t panels() const { return (round_up(ranges[m - 1].last, kPanel) - begin()) / kPanel; }
+  int64_t begin() const { return keys().begin(); }
+  int64_t panels() const { return (keys().end() - begin()) / kPanel; }
 
   // The keys of row r, counted from begin().
   KeyRange of_row(int64_t r) const {
@@ -131,19 +132,24 @@ inline void zero_row(const Heads& to, int64_t b, int64_t h, int64_t i) {
 }
 
 // Rows that no block visits: all but the `count` that are listed.
+template <class Visit>
+inline void visit_skipped_rows(int64_t length, const int32_t* rows, int64_t count,
+                               const Visit& visit) {
+  for (int64_t i = 0, next = 0; i < length; ++i)
+    if (next < count && rows[next] == i)
+      ++next;
+    else
+      visit(i);
+}
+
 inline void zero_skipped_rows(const Attention& args, int64_t b, int64_t h, const int32_t* rows,
                               int64_t count, bool gradient_is_summed) {
-  int64_t next = 0;
-  for (int64_t i = 0; i < args.length; ++i) {
-    if (next < count && rows[next] == i) {
-      ++next;
-      continue;
-    }
+  visit_skipped_rows(args.length, rows, count, [&](int64_t i) {
     if (!args.weights.data)
       args.rows[(b * args.heads + h) * args.length + i] = 0.f;
     else if (!gradient_is_summed)
       zero_row(args.grad_a, b, h, i);
-  }
+  });
 }
 
 // The n packed rows of a head, times factor, to the places that `keys` names; the others get 0.

@@ -28,6 +28,7 @@ def self_attention_fwd(
     seed: Tensor | None,
     scale: float,
     dropout: float,
+    window: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Attention's output (B, H, L, D), and what the backward needs of its rows (B, H, L, 2)."""
     q, k, v = (unit_stride(x) for x in (q, k, v))
@@ -44,6 +45,7 @@ def self_attention_fwd(
             heads(out),
             stats.data_ptr(),
             torch.get_num_threads(),
+            window,
         )
     return out, stats
 
@@ -59,6 +61,7 @@ def self_attention_bwd(
     seed: Tensor | None,
     scale: float,
     dropout: float,
+    window: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from what the forward returned."""
     grads = empty_heads(q), empty_heads(k), empty_heads(v)
@@ -80,5 +83,6 @@ def self_attention_bwd(
             stats.data_ptr(),
             *map(heads, grads),
             torch.get_num_threads(),
+            window,
         )
     return grads
