@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
     [
         ("mode=step", {"step", "scaling"}, set(PAIRS)),
         ("mode=fwd", {"op", "scaling"}, set(SPECS)),
-        ("impl=sdpa", {"op"}, {"self_attention"}),
+        ("impl=sdpa", {"op"}, {"self_attention", "window_self_attention"}),
         ("impl=liger", {"op"}, {"softmax_kl", "linear_kl"}),
     ],
 )

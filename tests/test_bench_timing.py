@@ -228,6 +228,9 @@ def test_least_work_of_windows_counts_the_pairs_inside(monkeypatch):
         case, work = attention(op, (1, 1, 5, 2), "float32"), SPECS[op].work
         # 13 pairs: 2 + 3 + 3 + 3 + 2.
         assert (work(case, False), work(case, True)) == ((160, 104, exps), (240, 208, exps))
+    case = attention("window_self_attention", (1, 1, 5, 2), "float32")
+    work = SPECS[case.op].work
+    assert (work(case, False), work(case, True)) == ((160, 104, 13), (320, 312, 13))
     monkeypatch.setattr(ops_attention, "glue_lengths", lambda batch, length: [4, 1])
     assert ops_attention.pairs_of(replace(case, padding="glue", heads=3)) == 3 * (10 + 1)
 

@@ -103,6 +103,7 @@ def _cpu() -> list[Case]:
         Case("linear_kl", width_s=384, width_t=768, rows=256, classes=30522, importance=2),
     ]
     cases += [attention("self_attention", shape, fp32, importance=2) for shape in main]
+    cases.append(attention("window_self_attention", (1, 12, 2048, 64), fp32, importance=2))
     # Equal numbers of tokens, so that what grows is the cost of length alone.
     cases += [
         attention("relation_kl", (2048 // n, 12, n, 32), fp32, importance=3, kind="scaling")

@@ -37,17 +37,18 @@ def _make(tensors_a_side: int):
 def scores(a: Tensor, b: Tensor, mask: Tensor | None, window: int | None = None) -> Tensor:
     """Scaled scores (B, H, L, L) in the inputs' dtype, a large negative value at pad keys and outside of the window."""
     s = a @ b.transpose(-1, -2) * a.shape[-1] ** -0.5
-    keys = None if mask is None else mask[:, None, None, :]
-    if window is not None:
-        near = _near(s, window)
-        keys = near if keys is None else keys & near
+    keys = attended(mask, window, b)
     return s if keys is None else s.masked_fill(~keys, torch.finfo(s.dtype).min)
 
 
-def _near(s: Tensor, window: int) -> Tensor:
-    """Which pairs of scores (..., L, L) lie inside of the window."""
-    at = torch.arange(s.shape[-1], device=s.device)
-    return (at[:, None] - at).abs() <= window
+def attended(mask: Tensor | None, window: int | None, like: Tensor) -> Tensor | None:
+    """Which keys (..., L, D) every row attends to, broadcast to (B, H, L, L); None for all."""
+    keys = None if mask is None else mask[:, None, None, :]
+    if window is None:
+        return keys
+    at = torch.arange(like.shape[-2], device=like.device)
+    near = ((at[:, None] - at).abs() <= window)[None, None]
+    return near if keys is None else keys & near
 
 
 def kl_of_maps(p_s: Tensor, p_t: Tensor, mask: Tensor | None) -> Tensor:
@@ -75,8 +76,9 @@ def _eager_attention_mse(window: int | None, inputs: Inputs) -> Tensor:
     if inputs.mask is not None:
         pairs = inputs.mask[:, None, :, None] & inputs.mask[:, None, None, :]
         difference = difference.masked_fill(~pairs, 0.0)
-    if window is not None:
-        difference = difference.masked_fill(~_near(difference, window), 0.0)
+    near = attended(None, window, a_s)
+    if near is not None:
+        difference = difference.masked_fill(~near, 0.0)
     return difference.sum()
 
 

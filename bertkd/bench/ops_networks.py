@@ -1,13 +1,15 @@
-"""self_attention as the benchmark sees it: not a loss, but what the networks around the losses spend time on."""
+"""self_attention, to all tokens and to windows, as the benchmark sees it: no loss, but what networks spend time on."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bertkd.bench.cases import Case
-from bertkd.bench.ops_attention import pairs_of, part, part_of, scores, tokens_of
+from bertkd.bench.ops_attention import WINDOW, attended, pairs_of, part, part_of, scores, tokens_of
 from bertkd.bench.spec import Inputs, Loss, Spec, Work, item_bytes, make_mask, random_tensor
 from bertkd.ops.self_attention import self_attention
 
@@ -26,28 +28,28 @@ def _sum(out: Tensor, inputs: Inputs) -> Tensor:
     return (rows if inputs.mask is None else rows * inputs.mask[:, None, :, None]).sum()
 
 
-def _eager(inputs: Inputs) -> Tensor:
+def _eager(window: int | None, inputs: Inputs) -> Tensor:
     q, k, v = inputs.student
-    return _sum(torch.softmax(scores(q, k, inputs.mask), -1) @ v, inputs)
+    return _sum(torch.softmax(scores(q, k, inputs.mask, window), -1) @ v, inputs)
 
 
-def sdpa() -> Loss:
+def sdpa(window: int | None = None) -> Loss:
     """PyTorch's scaled dot product attention, with the mask that transformers makes for it."""
 
     def loss(inputs: Inputs) -> Tensor:
         q, k, v = inputs.student
-        keys = None if inputs.mask is None else inputs.mask[:, None, None, :]
-        mask = None if keys is None else keys.expand(-1, -1, q.shape[2], -1)
+        keys = attended(inputs.mask, window, q)
+        mask = None if keys is None else keys.expand(len(q), -1, q.shape[2], -1)
         return _sum(F.scaled_dot_product_attention(q, k, v, mask), inputs)
 
     return loss
 
 
-def _call(inputs: Inputs, impl: str) -> Tensor:
+def _call(window: int | None, inputs: Inputs, impl: str) -> Tensor:
     if impl == "eager":
-        return _eager(inputs)
+        return _eager(window, inputs)
     q, k, v = inputs.student
-    return _sum(self_attention(q, k, v, inputs.mask), inputs)
+    return _sum(self_attention(q, k, v, inputs.mask, window=window), inputs)
 
 
 def _work(case: Case, gradient: bool) -> Work:
@@ -58,14 +60,15 @@ def _work(case: Case, gradient: bool) -> Work:
 
 
 SPECS = {
-    "self_attention": Spec(
-        op="self_attention",
+    op: Spec(
+        op=op,
         make=_make,
-        call=_call,
-        eager=_eager,
+        call=partial(_call, window),
+        eager=partial(_eager, window),
         part=part,
         part_of=part_of,
         work=_work,
         impls=("native",),
     )
+    for op, window in (("self_attention", None), ("window_self_attention", WINDOW))
 }

@@ -167,6 +167,7 @@ _LOSSES: dict[tuple[str, str], Callable[[], Loss]] = {
     ("flex", "self_relation_kl"): flex.loss,
     ("flex", "window_relation_kl"): partial(flex.loss, WINDOW),
     ("sdpa", "self_attention"): ops_networks.sdpa,
+    ("sdpa", "window_self_attention"): partial(ops_networks.sdpa, WINDOW),
     ("textbrewer", "relation_kl"): lambda: _textbrewer_attention("att_ce_loss"),
     ("textbrewer", "attention_mse"): lambda: _textbrewer_attention("att_mse_loss"),
     ("textbrewer", "hidden_mse"): _textbrewer_hidden,

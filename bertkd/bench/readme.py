@@ -23,7 +23,7 @@ OPS = (
     "softmax_kl",
     "linear_kl",
 )
-ATTENTION = "self_attention"
+ATTENTION = ("self_attention", "window_self_attention")
 SDPA = ("sdpa", "native")  # who attends, in the table of the networks' own attention
 
 
@@ -68,7 +68,7 @@ def _of_device(rows: Sequence[Row]) -> str:
     )
     lines = [_line("loss, forward and backward", impls), "|---|---|" + "---|" * len(impls)]
     lines += _body(ops, impls)
-    attention = [r for r in rows if r.kind == "op" and r.mode == "fwd_bwd" and r.op == ATTENTION]
+    attention = [r for r in rows if r.kind == "op" and r.mode == "fwd_bwd" and r.op in ATTENTION]
     for what, part, own in (
         ("the networks' attention", attention, SDPA),
         ("whole training step", steps, impls),

@@ -38,6 +38,7 @@ _OPS = (
     "softmax_kl",
     "linear_kl",
     "self_attention",
+    "window_self_attention",
 )
 
 
