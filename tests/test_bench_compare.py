@@ -10,9 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bertkd.bench import compare, runner
+from bertkd import functional
+from bertkd.bench import compare, ops_networks, runner
 from bertkd.bench.cases import attention
+from bertkd.bench.ops import SPECS
+from bertkd.bench.spec import Inputs
 
 SMALL = attention("relation_kl", (4, 3, 20, 8), "float32", padding="glue")
 
@@ -89,6 +93,31 @@ def test_either_tree_needs_no_more_of_its_library_than_older_commits_have():
             else:
                 taken |= {f"{node.module}.{name}" for name in names}
     assert taken == TAKEN
+
+
+def test_either_tree_is_asked_with_no_more_options_than_older_commits_have(monkeypatch):
+    asked = []
+
+    def record(*tensors, **options):
+        asked.append(sorted(options))
+        return tensors[0]
+
+    for name in ("relation_kl", "attention_mse", "value_relation_kl"):
+        monkeypatch.setattr(functional, name, record)
+    monkeypatch.setattr(ops_networks, "self_attention", record)
+    inputs = Inputs([torch.ones(1, 1, 2, 2)] * 3, [torch.ones(1, 1, 2, 2)] * 2, None)
+    pair = Inputs(inputs.student[:2], inputs.teacher, None)
+    for op, given in (
+        ("relation_kl", pair),
+        ("self_relation_kl", pair),
+        ("attention_mse", pair),
+        ("self_attention", inputs),
+        ("window_relation_kl", pair),
+        ("window_self_attention", inputs),
+    ):
+        SPECS[op].call(given, "native")
+    plain = ["impl", "reduction"]
+    assert asked == [plain, plain, plain, [], [*plain, "window"], ["window"]]
 
 
 def git(folder, *words):

@@ -82,9 +82,14 @@ def _eager_attention_mse(window: int | None, inputs: Inputs) -> Tensor:
     return difference.sum()
 
 
+def window_option(window: int | None) -> dict[str, int]:
+    """A window as an option, none where there is none: commits that know none are compared with too."""
+    return {} if window is None else {"window": window}
+
+
 def _call(op: str, window: int | None):
     def call(inputs: Inputs, impl: str) -> Tensor:
-        options: dict[str, Any] = {"reduction": "sum", "impl": impl, "window": window}
+        options: dict[str, Any] = {"reduction": "sum", "impl": impl, **window_option(window)}
         if op == "self_relation_kl":
             return functional.value_relation_kl(
                 inputs.student[0], inputs.teacher[0], inputs.mask, **options

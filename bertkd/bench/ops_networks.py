@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertkd.bench.cases import Case
-from bertkd.bench.ops_attention import WINDOW, attended, pairs_of, part, part_of, scores, tokens_of
+from bertkd.bench.ops_attention import (
+    WINDOW,
+    attended,
+    pairs_of,
+    part,
+    part_of,
+    scores,
+    tokens_of,
+    window_option,
+)
 from bertkd.bench.spec import Inputs, Loss, Spec, Work, item_bytes, make_mask, random_tensor
 from bertkd.ops.self_attention import self_attention
 
@@ -49,7 +58,7 @@ def _call(window: int | None, inputs: Inputs, impl: str) -> Tensor:
     if impl == "eager":
         return _eager(window, inputs)
     q, k, v = inputs.student
-    return _sum(self_attention(q, k, v, inputs.mask, window=window), inputs)
+    return _sum(self_attention(q, k, v, inputs.mask, **window_option(window)), inputs)
 
 
 def _work(case: Case, gradient: bool) -> Work:
