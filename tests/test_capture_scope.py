@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny_models import ALL_TYPES, tiny_batch, tiny_model
+from tiny_models import ALL_TYPES, OWN_ATTENTION, tiny_batch, tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -300,8 +300,10 @@ def test_fully_sharded_models_are_captured_whole(process_group):
         create_student(model, "first:1")
 
 
-def test_threads_that_share_a_model_wait_for_each_other():
-    model = tiny_model("bert", layers=4)
+@pytest.mark.parametrize("model_type", ["bert", *OWN_ATTENTION])
+def test_threads_that_share_a_model_wait_for_each_other(model_type):
+    model = tiny_model(model_type, layers=4)
+    attention = model.config._attn_implementation
     batches = [tiny_batch(model, batch=4, length=48, seed=seed) for seed in range(3)]
 
     def capture(batch):
@@ -314,7 +316,7 @@ def test_threads_that_share_a_model_wait_for_each_other():
     for i, found in enumerate(got):
         assert torch.equal(found.q[3], want[i % 3].q[3])
         assert torch.equal(found.states[2], want[i % 3].states[2])
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("instead", [None, cpu_attention.NAME])

@@ -1,7 +1,5 @@
 """Encoders that compute attention themselves, with relative positions in their scores: DeBERTa and MPNet."""
 
-import threading
-
 import pytest
 import torch
 from tiny_models import OWN_ATTENTION, tiny_batch, tiny_model
@@ -132,26 +130,3 @@ def test_adapters_of_the_projections_are_captured_too():
     module = attention_modules(model)[0]
     module.v = Adapted(module.v)
     torch.testing.assert_close(Capture(model, blocks=[0])(**batch).v[0], plain.v[0] + 1.0)
-
-
-@pytest.mark.parametrize("model_type", OWN_ATTENTION)
-def test_threads_that_share_a_model_wait_for_each_other(model_type):
-    model = tiny_model(model_type, layers=4)
-    batch = tiny_batch(model)
-    expected = Capture(model, blocks=[0, 3])(**batch)
-    failures = []
-
-    def run(block):
-        for _ in range(5):
-            recording = Capture(model, blocks=[block])(**batch)
-            if list(recording.q) != [block] or not torch.equal(
-                recording.q[block], expected.q[block]
-            ):
-                failures.append(block)
-
-    threads = [threading.Thread(target=run, args=(block,)) for block in (0, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
