@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bertkd.ops.native.library import isa, unavailable
 from bertkd.ops.self_attention import self_attention
 from bertkd.ops.tensors import DTYPES
+from bertkd.windows import is_near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,8 +159,10 @@ def attend(
     if mask is not None:
         attention_mask = mask[:, None, None, :].expand(-1, -1, query.shape[2], -1)
         if window is not None:
-            at = torch.arange(query.shape[2], device=query.device)
-            attention_mask = attention_mask.bool() & ((at[:, None] - at).abs() <= window)
+            everything = slice(0, query.shape[2])
+            attention_mask = attention_mask.bool() & is_near(
+                window, everything, everything, query.device
+            )
     sdpa = _sdpa()
     return sdpa(
         module,

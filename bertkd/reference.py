@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from bertkd.windows import is_near
+
 Definition = TypeVar("Definition", bound=Callable[..., Tensor])
 
 # Squared norm up to which a hidden state counts as 0.
@@ -51,8 +53,8 @@ def attended_keys(
     if mask is not None:
         keys = keys & mask.bool()[:, None, None, :]
     if window is not None:
-        positions = torch.arange(length, device=device)
-        keys = keys & ((positions[:, None] - positions).abs() <= window)
+        everything = slice(0, length)
+        keys = keys & is_near(window, everything, everything, device)
     return keys
 
 

@@ -14,6 +14,7 @@ from bertkd.errors import unknown_name
 from bertkd.layer_maps import Pairs
 from bertkd.objectives.attention_base import AttentionTerm
 from bertkd.objectives.base import Memory, Setup, Shape, StepContext, register_term
+from bertkd.windows import is_near, reach
 
 ROWS = 64  # query rows per chunk: memory is B * H * ROWS * L instead of B * H * L * L
 AXES = ("keys", "all")
@@ -73,19 +74,12 @@ class _Attended(NamedTuple):
     window: int | None
     count_pads: bool
 
-    def reach(self, rows: slice, length: int) -> slice:
-        """The keys that any of the rows may attend to."""
-        if self.window is None:
-            return slice(0, length)
-        return slice(max(0, rows.start - self.window), min(length, rows.stop + self.window))
-
-    def keys(self, rows: slice, reach: slice, device: torch.device) -> Tensor | None:
-        """Those that every row attends to, broadcast to (B, H, rows, keys); None for all."""
-        real = None if self.mask is None else self.mask[:, None, None, reach]
+    def keys(self, rows: slice, among: slice, device: torch.device) -> Tensor | None:
+        """Those of ``among`` that every row attends to, broadcast to (B, H, rows, keys); None for all."""
+        real = None if self.mask is None else self.mask[:, None, None, among]
         if self.window is None:
             return real
-        row, key = (torch.arange(x.start, x.stop, device=device) for x in (rows, reach))
-        near = (row[:, None] - key).abs() <= self.window
+        near = is_near(self.window, rows, among, device)
         return near[None, None] if real is None else real & near
 
     def weight(self, rows: slice, keys: Tensor | None, length: int, like: Tensor) -> Tensor:
@@ -136,14 +130,14 @@ def _along_keys(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, attended: _A
     total, count = q_s.new_zeros(()), q_s.new_zeros(())
     for start in range(0, length, ROWS):
         rows = slice(start, min(start + ROWS, length))
-        reach = attended.reach(rows, length)
-        keys = attended.keys(rows, reach, q_s.device)
+        among = reach(attended.window, rows, length)
+        keys = attended.keys(rows, among, q_s.device)
         correlation = checkpoint(
             _chunk,
             q_s[:, :, rows],
-            k_s[:, :, reach],
+            k_s[:, :, among],
             q_t[:, :, rows],
-            k_t[:, :, reach],
+            k_t[:, :, among],
             keys,
             use_reentrant=False,
         )

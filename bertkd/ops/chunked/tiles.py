@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bertkd.windows import is_near, reach
+
 # Least rows of a tile of windows: its keys reach as far as its first and last row's do, so that of smaller tiles more
 # would be computed twice, of larger ones more for nothing.
 WINDOW_ROWS = 128
@@ -84,7 +86,7 @@ def tiles(
         for h in range(0, heads, step_heads):
             for r in range(0, n_rows, step_rows):
                 rows_of_tile = slice(r, min(r + step_rows, n_rows))
-                keys_of_tile = _within(window, rows_of_tile, n_keys)
+                keys_of_tile = reach(window, rows_of_tile, n_keys)
                 if keys_of_tile.start < keys_of_tile.stop:
                     yield Tile(
                         slice(b, min(b + group, batch)),
@@ -92,13 +94,6 @@ def tiles(
                         rows_of_tile,
                         keys_of_tile,
                     )
-
-
-def _within(window: int | None, rows: slice, keys: int) -> slice:
-    """The keys among the first ``keys`` that any of the rows compares."""
-    if window is None:
-        return slice(0, keys)
-    return slice(max(0, rows.start - window), min(keys, rows.stop + window))
 
 
 class Workspace:
@@ -138,7 +133,7 @@ def left_out(mask: Tensor | None, tile: Tile, window: int | None, like: Tensor) 
 
     None if there are none: of pads this is known on a CPU only.
     """
-    beyond = None if window is None else _beyond(window, tile, like.device)
+    beyond = None if window is None else ~is_near(window, tile.rows, tile.keys, like.device)
     if mask is None:
         return beyond
     pad = ~mask[tile.batch, tile.keys].bool()
@@ -147,15 +142,6 @@ def left_out(mask: Tensor | None, tile: Tile, window: int | None, like: Tensor) 
     heads = tile.heads.stop - tile.heads.start
     pad = pad[:, None, None, :].expand(-1, heads, -1, -1).flatten(0, 1)
     return pad if beyond is None else pad | beyond
-
-
-def _beyond(window: int, tile: Tile, device: torch.device) -> Tensor:
-    """(rows, keys), true where a key is further than ``window`` from the row."""
-    rows, keys = (
-        torch.arange(x.start, x.stop, device=device, dtype=torch.int32)
-        for x in (tile.rows, tile.keys)
-    )
-    return (rows[:, None] - keys).abs_() > window
 
 
 def kl_sweep(s: Tensor, t: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
